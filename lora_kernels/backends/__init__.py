@@ -1,0 +1,96 @@
+"""What a backend is: a record of functions on plain two-dimensional tensors. Autograd takes it as data.
+
+In all of them x is [M, K], weight [N, K], lora_A [r, K], lora_B [N, r], dy [M, N]; S and T are [M, r].
+`scale` is scaling / (1 - p): a mask is then a mask, and no kernel multiplies by 1 / (1 - p) again:
+
+    S  = scale * mask(x) A^T        y  = x W^T + S B^T + b
+    T  = scale * dy B               dx = dy W + mask(T A)
+    dA = T^T mask(x)                dB = dy^T S
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dropout import Dropout
+
+# How adapters meet a base of another dtype. "native": they have the base's dtype. "rounded": float32 adapters,
+# rounded to the base's dtype where they are used, as autocast does. "split": float32 adapters over a 16-bit base
+# with float32 accuracy in the branch.
+Precision = Literal["native", "rounded", "split"]
+Scale = float | Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of a backend may depend on. M is not in it: it changes with every batch."""
+
+    device: torch.device
+    dtype: torch.dtype
+    precision: Precision
+    in_features: int
+    out_features: int
+    rank: int
+    weight_is_strided: bool = False
+
+
+class Forward(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        scale: Scale,
+        dropout: Dropout | None,
+        precision: Precision,
+        want_s: bool,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+class BackwardInput(Protocol):
+    def __call__(
+        self,
+        dy: Tensor,
+        weight: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor,
+        scale: Scale,
+        dropout: Dropout | None,
+        precision: Precision,
+        want_dx: bool,
+    ) -> tuple[Tensor | None, Tensor]: ...
+
+
+class BackwardAdapters(Protocol):
+    def __call__(
+        self,
+        x: Tensor | None,
+        dy: Tensor,
+        s: Tensor | None,
+        t: Tensor | None,
+        dropout: Dropout | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+
+class Refusal(Protocol):
+    def __call__(self, problem: Problem) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`refuses` says why it cannot run a problem; `declines` why the automatic choice should pass it by."""
+
+    name: str
+    refuses: Refusal
+    declines: Refusal
+    forward: Forward
+    backward_input: BackwardInput
+    backward_adapters: BackwardAdapters
+    describe: Refusal

@@ -1,0 +1,99 @@
+"""Device functions that more than one kernel uses: dropout bits, products of mixed precision, tile loads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lora_kernels.dropout import PHILOX_ROUNDS
+
+_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+
+
+@triton.jit
+def keep_tile(seed_ptr, row0, column0, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The dropout mask of a tile [BLOCK_M, BLOCK_C] whose first element is (row0, column0); column0 % 8 == 0.
+
+    lora_kernels/dropout.py says which bits these are.
+    """
+    seed = tl.load(seed_ptr)
+    groups = (column0 // 8 + tl.arange(0, BLOCK_C // 8)).to(tl.uint32)[None, :]
+    rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.uint32)[:, None]
+    zeros = tl.zeros((BLOCK_M, BLOCK_C // 8), tl.uint32)
+    word0, word1, word2, word3 = tl.philox(seed, groups + zeros, rows + zeros, zeros, zeros, _ROUNDS)
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+    lanes = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(lanes, (BLOCK_M, BLOCK_C)).to(tl.int32) >= threshold
+
+
+@triton.jit
+def high_low(wide, dtype: tl.constexpr):
+    """A float32 tile as the sum of two tiles of 16 bits, which keeps 16 (bfloat16) to 22 (float16) bits of it."""
+    high = wide.to(dtype)
+    return high, (wide - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def narrow_dot(left, right, acc, PRECISION: tl.constexpr):
+    """acc + left @ right, where right may be float32 and left is not: right then travels as two halves."""
+    if left.dtype != tl.float32 and right.dtype == tl.float32:
+        high, low = high_low(right, left.dtype)
+        acc = tl.dot(left, high, acc)
+        return tl.dot(left, low, acc)
+    else:
+        return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def split_dot(left, right, acc, dtype: tl.constexpr):
+    """acc + left @ right of float32 tiles through 16-bit tensor cores; the product of the low halves is noise."""
+    left_high, left_low = high_low(left, dtype)
+    right_high, right_low = high_low(right, dtype)
+    acc = tl.dot(left_high, right_high, acc)
+    acc = tl.dot(left_low, right_high, acc)
+    return tl.dot(left_high, right_low, acc)
+
+
+@triton.jit
+def load_tile(
+    ref,
+    stride,
+    row0,
+    column0,
+    rows,
+    columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """A tile of a row-major matrix [rows, columns], zero outside of it; `ref` is a descriptor or a pointer."""
+    if USE_TMA:
+        return ref.load([row0, column0])
+    else:
+        offs_row = row0 + tl.arange(0, BLOCK_ROWS)
+        offs_column = column0 + tl.arange(0, BLOCK_COLUMNS)
+        mask = (offs_row < rows)[:, None] & (offs_column < columns)[None, :]
+        return tl.load(ref + offs_row.to(tl.int64)[:, None] * stride + offs_column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    ref,
+    stride,
+    row0,
+    column0,
+    rows,
+    columns,
+    tile,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """The counterpart of load_tile; what lies outside of the matrix is not written."""
+    if USE_TMA:
+        ref.store([row0, column0], tile)
+    else:
+        offs_row = row0 + tl.arange(0, BLOCK_ROWS)
+        offs_column = column0 + tl.arange(0, BLOCK_COLUMNS)
+        mask = (offs_row < rows)[:, None] & (offs_column < columns)[None, :]
+        tl.store(ref + offs_row.to(tl.int64)[:, None] * stride + offs_column[None, :], tile, mask=mask)

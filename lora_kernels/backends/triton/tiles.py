@@ -1,0 +1,121 @@
+"""Tile configurations: which there are, which a chip can run, and which one a problem gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+MAX_PARTS = 8
+
+
+@dataclass(frozen=True)
+class OnePassTiles:
+    """A configuration of the one-pass kernel. `rate` is its speed per output element, relative to the best one's."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    use_tma: bool
+    rate: float
+    group_m: int = 8
+
+    def shared_memory(self, itemsize: int) -> int:
+        """Bytes that the stages of the main loop take, and half a tile of output on its way out."""
+        stage = (self.block_m + self.block_n) * self.block_k * itemsize
+        return self.num_stages * stage + self.block_m * self.block_n // 2 * itemsize
+
+
+@dataclass(frozen=True)
+class GradTiles:
+    """A configuration of the adapter-gradient kernel."""
+
+    block_m: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What tile choices depend on. `capability` is (0, 0) in Triton's interpreter, and CUDA's or 10 * gfx otherwise."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+    has_tma: bool
+
+
+INTERPRETER = Chip((0, 0), 4, 1 << 20, False)
+
+_HOPPER = (
+    OnePassTiles(128, 256, 64, 8, 3, True, 1.0),
+    OnePassTiles(128, 128, 64, 8, 4, True, 0.84),
+    OnePassTiles(64, 128, 64, 4, 4, True, 0.62),
+)
+_POINTERS = (
+    OnePassTiles(128, 128, 32, 8, 4, False, 0.8),
+    OnePassTiles(128, 128, 32, 8, 3, False, 0.75),
+    OnePassTiles(64, 128, 32, 4, 4, False, 0.6),
+    OnePassTiles(64, 64, 32, 4, 3, False, 0.45),
+)
+# float32 tiles are twice as large and, without tensor cores, live in registers.
+_POINTERS_FP32 = (OnePassTiles(64, 64, 32, 4, 3, False, 0.5),)
+_INTERPRETED = (OnePassTiles(32, 32, 32, 4, 2, False, 1.0),)
+
+
+@cache
+def chip_of(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    capability = torch.cuda.get_device_capability(device)
+    has_tma = torch.version.cuda is not None and capability[0] >= 9
+    shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+    return Chip(capability, properties.multi_processor_count, shared, has_tma)
+
+
+def candidates(chip: Chip, itemsize: int, use_tma: bool) -> tuple[OnePassTiles, ...]:
+    """The configurations that a chip can run for elements of `itemsize` bytes."""
+    if chip == INTERPRETER:
+        return _INTERPRETED
+    if itemsize == 4:
+        return _POINTERS_FP32
+    table = _HOPPER if use_tma and chip.has_tma else _POINTERS
+    return tuple(t for t in table if t.shared_memory(itemsize) <= chip.shared_memory)
+
+
+def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
+    """The configuration with the least predicted time: waves of tiles, times a tile's elements, over its rate."""
+
+    def cost(tiles: OnePassTiles) -> float:
+        count = -(-M // tiles.block_m) * -(-N // tiles.block_n)
+        return -(-count // chip.multiprocessors) * tiles.block_m * tiles.block_n / tiles.rate
+
+    return min(candidates(chip, itemsize, use_tma), key=cost)
+
+
+def rank_block(rank: int) -> int:
+    """The columns of one chunk of the rank: a power of two from 16, the least of a tensor core's product, to 64."""
+    return min(64, max(16, 1 << (rank - 1).bit_length()))
+
+
+def grad_tiles(chip: Chip, itemsize: int) -> GradTiles:
+    if chip == INTERPRETER:
+        return GradTiles(32, 32, 4, 2)
+    return GradTiles(64, 128, 4, 4) if itemsize == 2 else GradTiles(32, 64, 4, 3)
+
+
+def share_out(
+    programs: int, row_tiles: int, column_tiles: int, k_tiles: int, rank_chunks: int
+) -> tuple[int, int]:
+    """(parts of K that a chunk of S is summed from, sharing tiles of a row block).
+
+    As many sharing tiles as there are programs in the first wave, so that the extra work is spread over all.
+    """
+    parts = programs // (row_tiles * rank_chunks)
+    parts = max(1, min(parts, MAX_PARTS, column_tiles // rank_chunks, k_tiles))
+    return parts, min(column_tiles, parts * rank_chunks)

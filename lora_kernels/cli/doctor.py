@@ -1,0 +1,33 @@
+"""Shows what is installed and which backends work here; exit status 0 only if one does."""
+
+import argparse
+
+HELP = "versions, GPUs, and each backend with 'works' or the reason why it does not"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """doctor takes no options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 0 if the automatic choice of a backend works."""
+    from lora_kernels.cli.environment import gpu_names, versions
+    from lora_kernels.dispatch import backend_report
+
+    for name, version in versions().items():
+        print(f"{name:<14}{version or '-'}")
+    for line in gpu_names() or ["none that torch can use"]:
+        print(f"{'GPU':<14}{line}")
+
+    print("\nbackends, in the order in which the automatic choice tries them")
+    automatic = None
+    for status in backend_report():
+        verdict = "works" if status.works else f"refuses because {status.reason}"
+        if status.works and automatic is None:
+            automatic = status.name
+            verdict += "   <- the automatic choice"
+        print(f"  {status.name:<12}{verdict}")
+    if automatic is None:
+        print("\nNo backend works here.")
+        return 1
+    return 0

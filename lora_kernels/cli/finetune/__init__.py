@@ -1,0 +1,1 @@
+"""`python -m lora_kernels finetune`: LoRA fine-tuning of a language model with transformers and PEFT."""

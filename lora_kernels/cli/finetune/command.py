@@ -1,0 +1,144 @@
+"""Fine-tunes a language model with LoRA on your text, its LoRA layers fused where that is possible."""
+
+import argparse
+import importlib.util
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_kernels.cli.errors import UserError
+from lora_kernels.cli.finetune import options as finetune_options
+from lora_kernels.cli.finetune.options import Options
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lora_kernels.cli.finetune.training import Job, Run
+
+HELP = "fine-tune a language model with LoRA; without options, a small one that comes as a package"
+OURS, STOCK = "lora_kernels", "stock PEFT"
+PLOT_FILE, RESULTS_FILE = "loss.png", "results.json"
+EXIT_INTERRUPTED = 130
+
+add_arguments = finetune_options.add_arguments
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks everything, trains, reports; 0, or 130 after Ctrl-C."""
+    options = finetune_options.from_args(args, on_gpu=torch.cuda.is_available())
+    _require_packages(options)
+    _quieten_libraries()
+    runs = _execute_all(_prepare(options))
+    _report(options, runs)
+    return EXIT_INTERRUPTED if runs[-1].interrupted else 0
+
+
+def _require_packages(options: Options) -> None:
+    needed = ["transformers", "peft", "accelerate", "matplotlib", "tqdm"]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f'finetune needs more packages ({", ".join(missing)}): pip install "lora-kernels[finetune]"'
+        )
+    if options.quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
+
+
+def _quieten_libraries() -> None:
+    """Their progress bars and advice would break up the one bar and the report."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("huggingface_hub", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+
+
+def _prepare(options: Options) -> "Job":
+    """Everything that can be refused, refused before any weight is loaded; cheap checks first."""
+    from lora_kernels.cli.finetune import data, model
+    from lora_kernels.cli.finetune.training import Job
+
+    documents = data.read_documents(options.data)
+    source = model.find_model(options.model)
+    config = model.read_config(source)
+    model.check_without_weights(source, config, options)
+    tokenizer = model.read_tokenizer(source)
+    corpus = data.split(data.tokenize(documents, tokenizer), options.seq)
+    _check_writable(options.out)
+    return Job(
+        options=options,
+        source=source,
+        config=config,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),
+    )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+
+
+def _execute_all(job: "Job") -> list["Run"]:
+    """Our run and, where asked for, the same one with stock PEFT; ends early at Ctrl-C."""
+    from lora_kernels.cli.finetune.training import Run, execute
+
+    _say(
+        f"{job.source.name} on {job.device}: {len(job.corpus.train)} sequences of {job.options.seq} tokens"
+        f" to train on, {len(job.corpus.held_out)} held out"
+    )
+    variants = [(OURS, _fuse)] + ([(STOCK, _leave_as_it_is)] if job.options.compare else [])
+    runs = []
+    for name, fuse in variants:
+        run = Run(name)
+        runs.append(run)
+        _say(f"{name}: loading the weights and measuring the held-out loss")
+        try:
+            execute(job, run, fuse=fuse, save=name == OURS)
+        except KeyboardInterrupt:
+            run.interrupted = True
+        if run.interrupted:
+            break
+    return runs
+
+
+def _fuse(model: "PeftModel") -> dict[str, str | None]:
+    from lora_kernels import apply_lora_kernels
+
+    return {layer.name: layer.reason for layer in apply_lora_kernels(model)}
+
+
+def _leave_as_it_is(model: "PeftModel") -> dict[str, str | None]:
+    return {}
+
+
+def _report(options: Options, runs: list["Run"]) -> None:
+    from lora_kernels.cli.finetune import plot, report
+
+    print()
+    for run in runs:
+        print(report.summary(run), end="\n\n")
+    if len(runs) == 2:
+        print(report.comparison(*runs), end="\n\n")
+    report.write_results(options, runs, options.out / RESULTS_FILE)
+    if runs[0].loss_before is not None:
+        plot.write_plot(runs, options.out / PLOT_FILE)
+        print(f"loss curve   {options.out / PLOT_FILE}")
+    print(f"results      {options.out / RESULTS_FILE}")
+    print(f"adapter      {options.out if runs[0].saved else 'none: interrupted before training'}")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,168 @@
+"""One training run: load, measure, train with transformers' Trainer, save, measure again."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from lora_kernels.cli.finetune.data import Corpus
+from lora_kernels.cli.finetune.memory import peak_bytes, reset_peak
+from lora_kernels.cli.finetune.model import ModelSource, load_model, lora_config
+from lora_kernels.cli.finetune.options import Options
+from lora_kernels.cli.finetune.progress import Step, StepRecorder, StopOnInterrupt
+
+PROMPT_TOKENS = 32
+CONTINUATION_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train on what, all of it checked; the same for every run of it."""
+
+    options: Options
+    source: ModelSource
+    config: Any
+    tokenizer: Any
+    corpus: Corpus
+    device: torch.device
+
+
+@dataclass
+class Run:
+    """What a run has done so far, so that an interrupted one can be reported as well."""
+
+    name: str
+    layers: dict[str, str | None] = field(default_factory=dict)
+    """Each LoRA layer and why it is not fused, None where it is; empty where nothing was to be fused."""
+    steps: list[Step] = field(default_factory=list)
+    planned_steps: int | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    prompt: str | None = None
+    text_before: str | None = None
+    text_after: str | None = None
+    train_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    interrupted: bool = False
+    saved: bool = False
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """That of the median step, which neither compilation in the first ones nor a hiccup moves."""
+        if not self.steps:
+            return None
+        return statistics.median(step.tokens / step.seconds for step in self.steps)
+
+
+def execute(job: Job, run: Run, *, fuse: Callable[[PeftModel], dict[str, str | None]], save: bool) -> None:
+    """Fills in `run`; `fuse` gets the new PEFT model and says which layers run fused.
+
+    Ctrl-C keeps what was trained until then.
+    """
+    options = job.options
+    weights_dtype, autocast = precision(job.device)
+    base = load_model(job.source, job.config, weights_dtype, options.quantize)
+    set_seed(options.seed)
+    model = get_peft_model(base, lora_config(options))
+    run.layers = fuse(model)
+
+    interrupt = StopOnInterrupt()
+    recorder = StepRecorder(run.steps, run.name, job.device)
+    trainer = Trainer(
+        model=model,
+        args=_training_arguments(job, autocast),
+        train_dataset=job.corpus.train,
+        eval_dataset=job.corpus.held_out,
+        callbacks=[recorder, interrupt],
+    )
+    trainer.remove_callback(PrinterCallback)
+
+    run.loss_before = trainer.evaluate()["eval_loss"]
+    run.prompt, run.text_before = _continue_text(model, job)
+    try:
+        with interrupt:
+            _train(trainer, run, job.device)
+        run.interrupted = interrupt.stopped
+    except KeyboardInterrupt:
+        run.interrupted = True
+    if save:
+        # "auto" would ask the Hub for the base model's vocabulary, to learn whether it was resized here.
+        model.save_pretrained(options.out, save_embedding_layers=False)
+        run.saved = True
+    if not run.interrupted:
+        run.loss_after = trainer.evaluate()["eval_loss"]
+        _, run.text_after = _continue_text(model, job)
+
+
+def precision(device: torch.device) -> tuple[torch.dtype, dict[str, bool]]:
+    """The dtype of the frozen weights, and Trainer's autocast arguments; the adapters are float32."""
+    if device.type == "cpu":
+        return torch.float32, {}
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, {"bf16": True}
+    return torch.float16, {"fp16": True}
+
+
+def _training_arguments(job: Job, autocast: dict[str, bool]) -> TrainingArguments:
+    options = job.options
+    on_cpu = job.device.type == "cpu"
+    args = TrainingArguments(
+        output_dir=str(options.out),
+        max_steps=options.steps or -1,
+        num_train_epochs=options.epochs or 1,
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        prediction_loss_only=True,
+        learning_rate=options.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        seed=options.seed,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        label_names=["labels"],
+        logging_steps=1,
+        # A loss that is not a number must be seen as such.
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        **autocast,
+    )
+    # One process drives one GPU: where there are several, Trainer would use DataParallel over all of them.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def _train(trainer: Trainer, run: Run, device: torch.device) -> None:
+    reset_peak(device)
+    start = time.perf_counter()
+    try:
+        trainer.train()
+    finally:
+        run.planned_steps = trainer.state.max_steps
+        run.train_seconds = time.perf_counter() - start
+        run.peak_memory_bytes = peak_bytes(device)
+
+
+def _continue_text(model: PeftModel, job: Job) -> tuple[str, str]:
+    """The beginning of the first held-out sequence, and the likeliest continuation."""
+    prompt_ids = job.corpus.held_out[0]["input_ids"][:PROMPT_TOKENS]
+    input_ids = prompt_ids[None].to(job.device)
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=CONTINUATION_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=job.tokenizer.eos_token_id,
+        )
+    new_ids = output[0, len(prompt_ids) :]
+    return job.tokenizer.decode(prompt_ids), job.tokenizer.decode(new_ids, skip_special_tokens=True)

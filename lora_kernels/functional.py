@@ -1,0 +1,237 @@
+"""lora_linear: check the arguments once, describe the problem, choose a backend, apply."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels.autograd import LoRALinearFunction, as_rows
+from lora_kernels.backends import Precision, Problem, Scale
+from lora_kernels.dispatch import Choice, choose, requested
+from lora_kernels.dropout import Dropout, inverse_keep
+
+_BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_RANK = 512
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """A frozen linear layer with a low-rank adapter, computed in one pass over x.
+
+        y = x W^T + scaling * (D(x) A^T) B^T + b
+
+    D is dropout with probability `dropout_p` on the adapter's input alone; its mask is drawn from PyTorch's
+    generator and recomputed in the backward. Gradients go to whatever of x, lora_A, lora_B and bias requires
+    them, never to the weight; that of a float32 adapter is float32 from end to end.
+
+    Args:
+        x: [..., K], in bfloat16, float16 or float32; any strides, empty batches included.
+        weight: [N, K], in x's dtype, frozen.
+        lora_A: [r, K], in x's dtype or float32; r from 1 to 512.
+        lora_B: [N, r], in lora_A's dtype.
+        scaling: alpha / r as a rule; a number, or a tensor of one element on x's device. Not differentiated.
+        bias: [N] or None, in x's dtype or float32.
+        dropout_p: from 0 to 1. Ignored where `training` is False.
+        backend: "triton", "cuda", "eager" or "auto"; None takes what the enclosing use_backend says.
+    Returns:
+        y: [..., N] in x's dtype; under autocast in the autocast dtype.
+
+    Under autocast x, weight and bias are cast to the autocast dtype and float32 adapters are rounded to it where
+    they are used. Outside, float32 adapters over a 16-bit base keep float32 accuracy in the branch.
+
+    Raises:
+        ValueError: a shape, rank, device, probability or backend name does not fit; or the weight requires grad.
+        TypeError: a dtype does not fit.
+        RuntimeError: the backend that was named cannot run this call; or a backward is differentiated again.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
+    """
+    compiling = torch.compiler.is_compiling()
+    _require_tensors(x, weight, lora_A, lora_B, bias)
+    x, weight, bias, precision = _unify_dtypes(x, weight, lora_A, bias)
+    if compiling:
+        _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    else:
+        choice = _cached_choice(x, weight, lora_A, lora_B, bias, scaling, dropout_p, precision, requested(backend))
+    p = float(dropout_p) if training else 0.0
+    scale: Scale = scaling * inverse_keep(p) if p else scaling
+    dropout = Dropout.draw(p, x.device)
+    shape = x.shape
+    rows = as_rows(x if x.dim() == 2 else x.reshape(-1, shape[-1]), x.dtype)
+    if compiling:
+        from lora_kernels.compiled import apply
+
+        y = apply(rows, weight, lora_A, lora_B, bias, scale, dropout, precision, backend)
+    elif torch.is_grad_enabled():
+        y = LoRALinearFunction.apply(
+            rows, weight, lora_A, lora_B, bias, scale, dropout, precision, choice.backend
+        )
+    else:
+        y, _ = choice.backend.forward(
+            rows, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s=False
+        )
+    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str | None = None,
+) -> Choice:
+    """Which backend lora_linear would take for these arguments, and why each other one would not.
+
+    Takes the arguments of lora_linear and raises what it raises; computes nothing. Print the result.
+    """
+    _require_tensors(x, weight, lora_A, lora_B, bias)
+    x, weight, bias, precision = _unify_dtypes(x, weight, lora_A, bias)
+    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    return choose(_describe(x, weight, lora_A, precision), requested(backend))
+
+
+def _unify_dtypes(
+    x: Tensor, weight: Tensor, lora_A: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Precision]:
+    """x, weight and bias as autocast would hand them to a linear layer, and how the adapters meet them."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return x, weight, bias, "native" if lora_A.dtype == dtype else "rounded"
+    return x, weight, bias, "native" if lora_A.dtype == x.dtype else "split"
+
+
+# Checked arguments and the choice they led to, by everything that a check or the choice depends on.
+_choices: dict[tuple[object, ...], Choice] = {}
+
+
+def _cached_choice(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+    precision: Precision,
+    name: str,
+) -> Choice:
+    key = (
+        x.shape[-1:],
+        x.dtype,
+        x.device,
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
+        weight.device,
+        weight.requires_grad,
+        lora_A.shape,
+        lora_A.dtype,
+        lora_A.device,
+        lora_B.shape,
+        lora_B.dtype,
+        lora_B.device,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        (scaling.shape, scaling.device, scaling.requires_grad) if isinstance(scaling, Tensor) else None,
+        torch.is_grad_enabled(),
+        dropout_p,
+        precision,
+        name,
+    )
+    choice = _choices.get(key)
+    if choice is None:
+        _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+        choice = choose(_describe(x, weight, lora_A, precision), requested(name))
+        _choices[key] = choice
+    return choice
+
+
+def _describe(x: Tensor, weight: Tensor, lora_A: Tensor, precision: Precision) -> Problem:
+    return Problem(
+        device=x.device,
+        dtype=x.dtype,
+        precision=precision,
+        in_features=weight.shape[1],
+        out_features=weight.shape[0],
+        rank=lora_A.shape[0],
+        weight_is_strided=1 not in weight.stride(),
+    )
+
+
+def _require_tensors(x: object, weight: object, lora_A: object, lora_B: object, bias: object) -> None:
+    for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
+            raise TypeError(f"{name} was a {type(value).__name__}, but must be a tensor")
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+) -> None:
+    """Raises for the first argument that does not fit, naming it, what it was and what it must be."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight had shape {_shape(weight)}, but must be two-dimensional: [N, K]")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x had shape {_shape(x)}, but its last dimension must be weight's K = {weight.shape[1]}")
+    out_features, in_features = weight.shape
+    if lora_A.dim() != 2 or lora_A.shape[1] != in_features:
+        raise ValueError(f"lora_A had shape {_shape(lora_A)}, but must be [r, {in_features}]")
+    rank = lora_A.shape[0]
+    if not 1 <= rank <= _MAX_RANK:
+        raise ValueError(f"lora_A had rank {rank}, but the rank must be from 1 to {_MAX_RANK}")
+    if lora_B.dim() != 2 or tuple(lora_B.shape) != (out_features, rank):
+        raise ValueError(f"lora_B had shape {_shape(lora_B)}, but must be [{out_features}, {rank}]")
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias had shape {_shape(bias)}, but must be [{out_features}]")
+    if x.dtype not in _BASE_DTYPES:
+        raise TypeError(f"x was {x.dtype}, but must be one of {', '.join(map(str, _BASE_DTYPES))}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight was {weight.dtype}, but must have x's dtype, {x.dtype}")
+    if lora_A.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"lora_A was {lora_A.dtype}, but must be {x.dtype}, as x is, or torch.float32")
+    if lora_B.dtype != lora_A.dtype:
+        raise TypeError(f"lora_B was {lora_B.dtype}, but must have lora_A's dtype, {lora_A.dtype}")
+    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"bias was {bias.dtype}, but must be {x.dtype}, as x is, or torch.float32")
+    tensors = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} was on {tensor.device}, but must be on x's device, {x.device}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight required grad, but must be frozen: a LoRA linear has no gradient for it (pass weight.detach())"
+        )
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1:
+            raise ValueError(f"scaling had shape {_shape(scaling)}, but must be a number or a tensor of one element")
+        if scaling.device != x.device:
+            raise ValueError(f"scaling was on {scaling.device}, but must be on x's device, {x.device}")
+        if scaling.requires_grad and torch.is_grad_enabled():
+            raise ValueError("scaling required grad, but it is not differentiated (pass scaling.detach())")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p was {dropout_p}, but must be from 0 to 1")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

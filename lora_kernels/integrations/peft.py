@@ -1,0 +1,243 @@
+"""PEFT's LoRA linears on fused kernels, by a swap of their class: of new ones, or of a whole model."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from peft.tuners import lora
+from torch import nn
+
+from lora_kernels.integrations.peft_contract import check_peft
+from lora_kernels.integrations.peft_layer import Linear, why_not_fused
+
+# PEFT's class -> the fused one. Only these exact classes: a subclass of somebody else has a reason to exist.
+_FUSED: dict[type, type] = {lora.Linear: Linear}
+_STOCK = {fused: stock for stock, fused in _FUSED.items()}
+# PEFT classes that are planned for, by name because they exist only where their quantization library does.
+_NOT_YET = {"Linear4bit": "its NF4 base needs the NF4 kernels"}
+
+# By name: torch.distributed and torch._dynamo need not be imported, or even exist, to know their wrappers.
+_WRAPPERS = {
+    "DistributedDataParallel": "DistributedDataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "FSDPModule": "fully_shard",
+    "OptimizedModule": "torch.compile",
+}
+_OFF = "LORA_KERNELS=0 in the environment"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One LoRA layer: its name in the model, and why it is not fused (None where it is)."""
+
+    name: str
+    reason: str | None
+
+    @property
+    def fused(self) -> bool:
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every LoRA layer of a model, fused or not, and why not. Iterate over it, or print it."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def fused(self) -> int:
+        """How many layers are fused."""
+        return sum(layer.fused for layer in self.layers)
+
+    @property
+    def not_fused(self) -> int:
+        """How many layers run PEFT's own code."""
+        return len(self.layers) - self.fused
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "lora_kernels: the model has no LoRA layers (this comes after get_peft_model)"
+        by_reason: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.reason is not None:
+                by_reason.setdefault(layer.reason, []).append(layer.name)
+        lines = [f"lora_kernels: {self.fused} of {len(self)} LoRA layers are fused"]
+        for reason, names in by_reason.items():
+            lines.append(f"  {len(names)} not fused: {reason}")
+            lines += [f"    {name}" for name in names]
+        return "\n".join(lines)
+
+
+class PeftPatch:
+    """What patch_peft returns. As a context manager it undoes the patch at the end of the block.
+
+    `reason` says why nothing was patched by this call; None where it was.
+    """
+
+    def __init__(self, stock: staticmethod[..., Any] | None, reason: str | None) -> None:
+        self._stock = stock
+        self.reason = reason
+
+    @property
+    def active(self) -> bool:
+        """Whether this handle holds a patch that can be undone."""
+        return self._stock is not None
+
+    def undo(self) -> None:
+        """Layers that PEFT makes from now on are stock again; those that are fused stay so. Once is enough.
+
+        Raises:
+            RuntimeError: something else has patched PEFT since, and must be undone first.
+        """
+        if self._stock is None:
+            return
+        if not _is_patched():
+            raise RuntimeError(
+                "LoraModel._create_new_module was replaced by something else after patch_peft(), "
+                "and must be put back before undo()"
+            )
+        lora.LoraModel._create_new_module = self._stock
+        self._stock, self.reason = None, "it was undone"
+
+    def __enter__(self) -> PeftPatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        state = "new LoRA layers are fused" if self.reason is None else f"nothing patched: {self.reason}"
+        return f"<lora_kernels.patch_peft: {state}>"
+
+
+def patch_peft() -> PeftPatch:
+    """Make every LoRA linear that PEFT creates from now on, in this process, a fused one.
+
+    Calling it again changes nothing, and then neither does undoing that second handle. With LORA_KERNELS=0 in
+    the environment it does nothing, and the handle's `reason` says so.
+
+    Returns:
+        A handle with `undo()`, which is a context manager too.
+    Raises:
+        RuntimeError: the installed PEFT is too old or too new for what this relies on.
+    """
+    if _is_off():
+        return PeftPatch(None, _OFF)
+    check_peft()
+    if _is_patched():
+        return PeftPatch(None, "it is patched already")
+    stock = vars(lora.LoraModel)["_create_new_module"]
+    lora.LoraModel._create_new_module = staticmethod(_fusing(stock.__func__))
+    return PeftPatch(stock, None)
+
+
+def apply_lora_kernels(model: nn.Module) -> Report:
+    """Fuse the LoRA linears of a model that PEFT has made, and report on every LoRA layer.
+
+    Layers that are fused already stay so: call it as often as a report is wanted. With LORA_KERNELS=0 in the
+    environment it changes nothing and the report says so.
+
+    Args:
+        model: before DistributedDataParallel, FSDP or torch.compile wrap it.
+    Returns:
+        Which layers run fused, as the model and autocast stand now, and why the others do not.
+    Raises:
+        TypeError: model is not an nn.Module.
+        ValueError: model, or a part of it, is wrapped already.
+        RuntimeError: the installed PEFT is too old or too new for what this relies on.
+    """
+    layers = _lora_layers(model, "apply_lora_kernels")
+    if _is_off():
+        return Report(tuple(LayerReport(name, _OFF) for name in layers))
+    check_peft()
+    return Report(tuple(LayerReport(name, _fuse(layer)) for name, layer in layers.items()))
+
+
+def revert_lora_kernels(model: nn.Module) -> int:
+    """Give every fused LoRA linear of a model PEFT's class back.
+
+    Returns:
+        How many layers were fused.
+    Raises:
+        TypeError: model is not an nn.Module.
+        ValueError: model, or a part of it, is wrapped by DistributedDataParallel, FSDP or torch.compile; or a
+            fused layer's forward is wrapped by a hook of accelerate, which would go on calling the fused one.
+    """
+    fused = {name: m for name, m in _lora_layers(model, "revert_lora_kernels").items() if type(m) in _STOCK}
+    for name, layer in fused.items():
+        if "forward" in vars(layer):
+            raise ValueError(
+                f"layer {name} had a forward of its own, wrapped around the fused one, and must have none: "
+                "remove accelerate's hooks first"
+            )
+    for layer in fused.values():
+        layer.__class__ = _STOCK[type(layer)]
+    return len(fused)
+
+
+def _fuse(layer: nn.Module) -> str | None:
+    """Swap the class of a layer where there is a fused one; says why the layer would not run fused."""
+    kind = type(layer)
+    if kind in _FUSED:
+        if "forward" in vars(layer):
+            return "its forward is replaced on the instance already, for example by a hook of accelerate"
+        layer.__class__ = _FUSED[kind]
+    elif kind not in _STOCK:
+        return _NOT_YET.get(kind.__name__, f"lora.{kind.__name__} has no fused kernel")
+    return why_not_fused(layer)
+
+
+def _fusing(create: Any) -> Any:
+    @functools.wraps(create)
+    def create_fused(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        module: nn.Module = create(lora_config, adapter_name, target, **kwargs)
+        if type(module) in _FUSED:
+            module.__class__ = _FUSED[type(module)]
+        return module
+
+    create_fused._fuses_lora = True  # type: ignore[attr-defined]
+    return create_fused
+
+
+def _is_patched() -> bool:
+    return getattr(lora.LoraModel._create_new_module, "_fuses_lora", False)
+
+
+def _is_off() -> bool:
+    return os.environ.get("LORA_KERNELS") == "0"
+
+
+def _lora_layers(model: nn.Module, caller: str) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model was {type(model).__name__}, but must be an nn.Module")
+    layers = {}
+    for name, module in model.named_modules():
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS:
+                raise _wrapped(name, _WRAPPERS[base.__name__], caller)
+        if module._compiled_call_impl is not None:
+            raise _wrapped(name, "torch.compile", caller)
+        if isinstance(module, lora.LoraLayer):
+            layers[name] = module
+    return layers
+
+
+def _wrapped(name: str, wrapper: str, caller: str) -> ValueError:
+    where = f"model's part {name!r}" if name else "model"
+    return ValueError(
+        f"{where} was wrapped by {wrapper} already, and must not be: "
+        f"call {caller} before DistributedDataParallel, FSDP or torch.compile"
+    )

@@ -1,0 +1,187 @@
+"""PEFT's LoRA linear with the forward of this package, and the conditions under which it runs fused."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_kernels.functional import _MAX_RANK, lora_linear
+
+_BASES = (nn.Linear, Conv1D)
+_DROPOUTS = (nn.Dropout, nn.Identity)
+_TENSORS = (nn.Parameter, Tensor)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+# PEFT recognises its layers by "Linear" in the class's name, and prints that name: it stays the stock one.
+class Linear(lora.Linear):  # type: ignore[misc]
+    """PEFT's `lora.Linear`, fused: y = x W^T + b + sum over the active adapters of s (D(x) A^T B^T + c).
+
+    c is lora_B's bias, where there is one. The class has no state of its own: a layer becomes one, or stops
+    being one, by assignment of its `__class__`. Whatever `why_not_fused` names runs PEFT's forward.
+
+    Raises:
+        ValueError: the last dimension of x is not the layer's in_features. Otherwise what PEFT's forward raises.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        operands = None if args or kwargs else _operands(self, x)
+        if isinstance(operands, _Operands):
+            return _fused_forward(self, x, operands)
+        result: Tensor = super().forward(x, *args, **kwargs)
+        return result
+
+
+def why_not_fused(layer: lora.Linear) -> str | None:
+    """Why the layer, as it and autocast stand now, would run PEFT's own forward; None where it runs fused."""
+    operands = _operands(layer, None)
+    return operands if isinstance(operands, str) else None
+
+
+class _Adapter(NamedTuple):
+    """An active adapter of a layer: A [r, K], B [N, r], lora_B's bias c, and the dropout that is in force."""
+
+    name: str
+    A: Tensor
+    B: Tensor
+    c: Tensor | None
+    scaling: float | Tensor
+    dropout_p: float
+
+
+class _Operands(NamedTuple):
+    """What the fused forward works on; weight is [N, K]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: list[_Adapter]
+
+
+def _operands(layer: lora.Linear, x: Tensor | None) -> _Operands | str:
+    """What the fused forward works on, or why it must not run. Every call passes here: it must stay cheap."""
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return f"adapters are merged into its base weight: {', '.join(layer.merged_adapters)}"
+    # A registered module is found in a fifth of the time that an attribute of a Module takes.
+    modules = layer._modules
+    base = modules["base_layer"]
+    if type(base) not in _BASES:
+        return f"its base layer is a {type(base).__name__}, not an nn.Linear or a Conv1D"
+    if _is_hooked(base):
+        return "its base layer has hooks"
+    weight, bias = base.weight, base.bias
+    if not _is_plain(weight, 2) or not (bias is None or _is_plain(bias, 1)):
+        return f"its base weight or bias is not a plain tensor: {_describe(weight)}, {_describe(bias)}"
+    if weight.requires_grad:
+        return "its base weight is trained"
+    device, dtype = weight.device, weight.dtype
+    if device.type == "meta":
+        return "its base weight is on the meta device"
+    autocast = torch.is_autocast_enabled(device.type)
+    # In autocast all meet in its dtype; elsewhere PEFT casts x to the adapters' dtype and nothing else.
+    product = torch.get_autocast_dtype(device.type) if autocast else dtype
+    if dtype not in _DTYPES or product not in _DTYPES:
+        return f"its base weight is {dtype}, not bfloat16, float16 or float32"
+    if bias is not None and bias.dtype != dtype and not autocast:
+        return f"its base weight is {dtype}, its bias {bias.dtype}, and there is no autocast"
+    if x is not None:
+        if type(x) not in _TENSORS:
+            return f"the input is a {type(x).__name__}, not a plain tensor"
+        if x.device != device:
+            return f"the input is on {x.device}, its base weight on {device}"
+        if x.dtype != dtype and not (autocast and x.dtype in _DTYPES):
+            return f"the input is {x.dtype}, its base weight {dtype}"
+
+    adapters = []
+    for name in layer.active_adapters:
+        if name in modules["lora_A"]:
+            adapter = _adapter(layer, name, device, product, autocast)
+            if isinstance(adapter, str):
+                return f"adapter {name!r} {adapter}"
+            adapters.append(adapter)
+    if not adapters:
+        return "it has none of the active adapters"
+    rank = sum(adapter.A.shape[0] for adapter in adapters)
+    if rank > _MAX_RANK:
+        return f"the ranks of its active adapters add up to {rank}, more than {_MAX_RANK}"
+    return _Operands(weight.T if type(base) is Conv1D else weight, bias, adapters)
+
+
+def _adapter(
+    layer: lora.Linear, name: str, device: torch.device, product: torch.dtype, autocast: bool
+) -> _Adapter | str:
+    """The operands of one adapter, or what it is that the fused forward does not take."""
+    if name in layer.lora_variant:
+        return f"is a variant of LoRA: {type(layer.lora_variant[name]).__name__}"
+    modules = layer._modules
+    lora_A, lora_B, dropout = modules["lora_A"][name], modules["lora_B"][name], modules["lora_dropout"][name]
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or type(dropout) not in _DROPOUTS:
+        kinds = ", ".join(type(module).__name__ for module in (lora_A, lora_B, dropout))
+        return f"is not made of nn.Linear and nn.Dropout: {kinds}"
+    if _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
+        return "has hooks on lora_A, lora_B or lora_dropout"
+    A, B, scaling = lora_A.weight, lora_B.weight, layer.scaling[name]
+    if not _is_plain(A, 2) or not _is_plain(B, 2):
+        return f"has weights that are not plain matrices: {_describe(A)}, {_describe(B)}"
+    if A.device != device or B.device != device:
+        return f"is on {A.device} and {B.device}, the base weight on {device}"
+    if isinstance(scaling, Tensor) and scaling.device != device:
+        return f"has its scaling on {scaling.device}, the base weight on {device}"
+    if A.dtype != B.dtype or A.dtype not in (product, torch.float32):
+        return f"is {A.dtype} and {B.dtype}, where the base product is {product}"
+    if A.dtype != product and not autocast and not layer.cast_input_dtype_enabled:
+        return f"is {A.dtype}, the base weight {product}, and casting of inputs is disabled"
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return _Adapter(name, A, B, lora_B.bias, scaling, p)
+
+
+def _fused_forward(layer: lora.Linear, x: Tensor, operands: _Operands) -> Tensor:
+    weight, bias, adapters = operands
+    # Masks differ from adapter to adapter, so only adapters without one can share a pass over x.
+    dropped = any(adapter.dropout_p for adapter in adapters)
+    fused, apart = (adapters[:1], adapters[1:]) if dropped else (adapters, [])
+    for adapter in fused:
+        if adapter.c is not None:
+            # As in PEFT, scaling multiplies lora_B's bias too.
+            c = adapter.c * adapter.scaling
+            bias = c if bias is None else bias + c
+    _, A, B, _, scaling, p = fused[0] if len(fused) == 1 else _stacked(fused)
+    y = lora_linear(x, weight, A, B, scaling=scaling, bias=bias, dropout_p=p)
+    dtype = y.dtype
+    for adapter in apart:
+        name = adapter.name
+        x = layer._cast_input_dtype(x, adapter.A.dtype)
+        y = y + layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](x))) * adapter.scaling
+    return y.to(dtype)
+
+
+def _stacked(adapters: list[_Adapter]) -> _Adapter:
+    """Several adapters without dropout as one: its rank is the sum of theirs, its B holds their scalings."""
+    A = torch.cat([adapter.A for adapter in adapters])
+    B = torch.cat([adapter.B * adapter.scaling for adapter in adapters], dim=1)
+    return _Adapter("stacked", A, B, None, 1.0, 0.0)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    # accelerate's offloading replaces `forward` on the instance.
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _is_plain(tensor: Tensor, dim: int) -> bool:
+    """Neither a DTensor or another subclass, nor a flat shard or the empty placeholder of ZeRO-3."""
+    return type(tensor) in _TENSORS and tensor.dim() == dim
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"{type(tensor).__name__}{list(tensor.shape)}"

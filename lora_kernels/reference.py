@@ -1,0 +1,46 @@
+"""The LoRA linear by definition: the specification of the package, and the oracle of every test.
+
+Nothing here is fast. Run it in float64 and let autograd differentiate it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """y = x W^T + scaling * (D(x) A^T) B^T + b, where D zeroes what `keep` drops and scales the rest by 1 / (1 - p).
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        lora_A: [r, K].
+        lora_B: [N, r].
+        bias: [N] or None.
+        keep: bool mask of x's shape, or None where nothing is dropped.
+    Returns:
+        y: [..., N].
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, equation 3.
+    """
+    y = x @ weight.T
+    dropped = x if keep is None else _drop(x, keep, dropout_p)
+    y = y + scaling * ((dropped @ lora_A.T) @ lora_B.T)
+    return y if bias is None else y + bias
+
+
+def _drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    if p == 1.0:
+        return torch.zeros_like(x)
+    return torch.where(keep, x / (1.0 - p), torch.zeros_like(x))

@@ -1,0 +1,67 @@
+"""python -m lora_kernels doctor, and the dispatcher around it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lora_kernels import dispatch
+from lora_kernels.cli.main import main
+from lora_kernels.dispatch import BackendStatus
+
+
+def _report(monkeypatch: pytest.MonkeyPatch, *statuses: BackendStatus) -> None:
+    monkeypatch.setattr(dispatch, "backend_report", lambda: list(statuses))
+
+
+def test_this_machine() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_kernels", "doctor"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("python", "torch", "triton", "peft", "transformers", "bitsandbytes", "cuda", "GPU", "eager"):
+        assert name in done.stdout
+    assert done.stdout.count("automatic choice\n") == 1
+
+
+def test_the_first_that_works_is_the_automatic_choice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _report(
+        monkeypatch,
+        BackendStatus("fast", False, "there is no GPU"),
+        BackendStatus("middle", True, None),
+        BackendStatus("slow", True, None),
+    )
+    assert main(["doctor"]) == 0
+    fast, middle, slow = capsys.readouterr().out.splitlines()[-3:]
+    assert "refuses because there is no GPU" in fast
+    assert "works" in middle
+    assert "automatic choice" in middle
+    assert "works" in slow
+    assert "automatic choice" not in slow
+
+
+def test_nothing_works(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _report(monkeypatch, BackendStatus("eager", False, "its y is off by 1.0e+00"))
+    assert main(["doctor"]) == 1
+    assert "No backend works here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [[], ["nosuch"], ["doctor", "--nosuch"]])
+def test_a_wrong_command_line_is_one_line_and_exit_status_2(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "doctor" in out
+    assert "finetune" in out

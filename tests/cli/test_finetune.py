@@ -1,0 +1,215 @@
+"""`finetune` on a tiny model, from the files it reads to the files it writes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+import tiny
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_kernels.cli.finetune import data
+from lora_kernels.cli.main import main
+
+SEQ = 32
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(tiny.TEXT)
+    return path
+
+
+def _options(model: Path, text: Path, out: Path, *more: object) -> list[str]:
+    options = ["--model", model, "--data", text, "--out", out, "--seq", SEQ, "--batch", 4, "--lr", 0.02]
+    return ["finetune", *map(str, [*options, *more])]
+
+
+def _results(out: Path) -> Any:
+    return json.loads((out / "results.json").read_text())
+
+
+def _held_out_loss(model: Any, folder: Path) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    corpus = data.split(data.tokenize([tiny.TEXT], tokenizer), SEQ)
+    rows = torch.stack([example["input_ids"] for example in corpus.held_out])
+    with torch.no_grad():
+        return float(model(input_ids=rows, labels=rows).loss)
+
+
+def test_it_learns_and_stock_peft_serves_the_adapter(
+    model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "out"
+    assert main(_options(model_dir, text, out, "--steps", 30)) == 0
+
+    [run] = _results(out)["runs"]
+    losses = [step["loss"] for step in run["steps"]]
+    assert len(losses) == 30
+    assert run["loss_after"] < 0.8 * run["loss_before"]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert run["steps"][0]["tokens"] == 4 * SEQ
+    assert run["tokens_per_second"] > 0
+    assert run["peak_memory_bytes"] > 0
+    assert set(run["layers"].values()) == {None}
+    assert len(run["layers"]) == 2 * 7
+    assert run["text_before"] != run["text_after"]
+    assert (out / "loss.png").read_bytes().startswith(PNG_SIGNATURE)
+
+    printed = capsys.readouterr().out
+    for expected in ("fused LoRA layers    14 of 14", "30 of 30", f"{run['loss_after']:.4f}", "GiB", str(out)):
+        assert expected in printed
+
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert _held_out_loss(base, model_dir) == pytest.approx(run["loss_before"], abs=1e-5)
+    served = PeftModel.from_pretrained(base, out)
+    assert {type(m).__module__ for m in served.modules() if hasattr(m, "lora_A")} == {"peft.tuners.lora.layer"}
+    assert _held_out_loss(served, model_dir) == pytest.approx(run["loss_after"], abs=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    prompt = tokenizer(run["prompt"], return_tensors="pt")
+    ids = served.generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    assert tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True) == run["text_after"]
+
+
+def test_compare_trains_the_same_thing_twice(
+    model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(_options(model_dir, text, out, "--steps", 8, "--dropout", 0, "--compare")) == 0
+    ours, stock = _results(out)["runs"]
+    assert (ours["name"], stock["name"]) == ("lora_kernels", "stock PEFT")
+    assert set(ours["layers"].values()) == {None}
+    assert stock["layers"] == {}
+    assert stock["loss_before"] == ours["loss_before"]
+    for one, other in zip(ours["steps"], stock["steps"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    assert stock["loss_after"] == pytest.approx(ours["loss_after"], rel=1e-3)
+    table = capsys.readouterr().out
+    assert re.search(r"lora_kernels +stock PEFT +ratio", table)
+    assert re.search(r"tokens per second +[\d,]+ +[\d,]+ +\d+\.\d{3}", table)
+    assert (out / "loss.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_the_same_seed_gives_the_same_run(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert main(_options(model_dir, text, tmp_path / name, "--steps", 3, "--seed", seed)) == 0
+        losses.append([step["loss"] for step in _results(tmp_path / name)["runs"][0]["steps"]])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_epochs_and_chats_and_chosen_targets(model_dir: Path, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    lines = [{"messages": [{"role": "user", "content": line}]} for line in tiny.TEXT.splitlines()]
+    chats.write_text("\n".join(map(json.dumps, [*lines, {"text": tiny.TEXT}])))
+    out = tmp_path / "out"
+    assert main(_options(model_dir, chats, out, "--epochs", 2, "--targets", "q_proj", "mlp.up_proj")) == 0
+    [run] = _results(out)["runs"]
+    tokenizer = tiny.make_tokenizer()
+    corpus = data.split(data.tokenize(data.read_documents([chats]), tokenizer), SEQ)
+    assert sum(step["tokens"] for step in run["steps"]) == 2 * len(corpus.train) * SEQ
+    assert len(run["layers"]) == 2 * 2
+
+
+def test_gguf(text: Path, tmp_path: Path) -> None:
+    path = tiny.save_gguf(tmp_path / "tiny.gguf")
+    assert main(_options(path, text, tmp_path / "out", "--steps", 2)) == 0
+    [run] = _results(tmp_path / "out")["runs"]
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    assert tokenizer(tiny.TEXT)["input_ids"] == tiny.make_tokenizer()(tiny.TEXT)["input_ids"]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert run["loss_before"] == pytest.approx(_held_out_loss(expected, tmp_path / "tokenizer"), abs=1e-5)
+    assert run["loss_after"] < run["loss_before"]
+
+
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
+def test_nf4(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert main(_options(model_dir, text, tmp_path / "out", "--steps", 2, "--quantize", "nf4")) == 0
+    [run] = _results(tmp_path / "out")["runs"]
+    assert run["loss_after"] < run["loss_before"]
+
+
+def test_the_language_reference_is_the_default_text() -> None:
+    documents = data.read_documents([])
+    assert sum(map(len, documents)) > 400_000
+
+
+def test_held_out_sequences_are_spread_and_not_trained_on() -> None:
+    corpus = data.split(range(100 * 8 + 3), 8)
+    held_out = [int(example["input_ids"][0]) // 8 for example in corpus.held_out]
+    train = [int(example["input_ids"][0]) // 8 for example in corpus.train]
+    assert held_out == list(range(9, 100, 10))
+    assert sorted(held_out + train) == list(range(100))
+
+
+def _start(options: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "lora_kernels", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+
+
+def _wait_for_step(process: "subprocess.Popen[str]") -> None:
+    """Reads the progress bar until it shows a step that is done."""
+    assert process.stderr is not None
+    shown = ""
+    while not re.search(r"\| [1-9]\d*/\d+ \[", shown):
+        character = process.stderr.read(1)
+        assert character, f"ended before its first step: {shown}"
+        shown += character
+
+
+def test_interrupt_saves_the_adapter(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = _start(_options(model_dir, text, out, "--steps", 1_000_000, "--compare"))
+    _wait_for_step(process)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    [run] = _results(out)["runs"]
+    assert run["interrupted"]
+    assert 1 <= len(run["steps"]) < 1_000_000
+    assert f"{len(run['steps'])} of 1000000" in stdout
+    assert "held-out loss after  not measured" in stdout
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), out)
+    assert any(bool(p.any()) for name, p in served.named_parameters() if "lora_B" in name)
+
+
+def test_interrupt_before_training(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = _start(_options(model_dir, text, out))
+    # The output directory is made by the last check, just before the weights are loaded.
+    while not out.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert not (out / "adapter_model.safetensors").exists()
+    assert "none: interrupted before training" in stdout
