@@ -5,12 +5,17 @@ import platform
 
 import torch
 
-PACKAGES = ("lora-kernels", "torch", "triton", "peft", "transformers", "accelerate", "bitsandbytes", "gguf")
+import lora_kernels
+
+PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate", "bitsandbytes", "gguf")
 
 
 def versions() -> dict[str, str | None]:
     """The version of Python and of each package that matters here; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "lora-kernels": lora_kernels.__version__,
+        "python": platform.python_version(),
+    }
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

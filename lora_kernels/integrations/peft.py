@@ -13,7 +13,7 @@ from peft.tuners import lora
 from torch import nn
 
 from lora_kernels.integrations.peft_contract import check_peft
-from lora_kernels.integrations.peft_layer import Linear, why_not_fused
+from lora_kernels.integrations.peft_layer import Linear, has_own_forward, why_not_fused
 
 # PEFT's class -> the fused one. Only these exact classes: a subclass of somebody else has a reason to exist.
 _FUSED: dict[type, type] = {lora.Linear: Linear}
@@ -178,13 +178,13 @@ def revert_lora_kernels(model: nn.Module) -> int:
     """
     fused = {name: m for name, m in _lora_layers(model, "revert_lora_kernels").items() if type(m) in _STOCK}
     for name, layer in fused.items():
-        if "forward" in vars(layer):
+        if has_own_forward(layer):
             raise ValueError(
                 f"layer {name} had a forward of its own, wrapped around the fused one, and must have none: "
                 "remove accelerate's hooks first"
             )
     for layer in fused.values():
-        layer.__class__ = _STOCK[type(layer)]
+        _set_class(layer, _STOCK[type(layer)])
     return len(fused)
 
 
@@ -192,12 +192,18 @@ def _fuse(layer: nn.Module) -> str | None:
     """Swap the class of a layer where there is a fused one; says why the layer would not run fused."""
     kind = type(layer)
     if kind in _FUSED:
-        if "forward" in vars(layer):
+        if has_own_forward(layer):
             return "its forward is replaced on the instance already, for example by a hook of accelerate"
-        layer.__class__ = _FUSED[kind]
+        _set_class(layer, _FUSED[kind])
     elif kind not in _STOCK:
         return _NOT_YET.get(kind.__name__, f"lora.{kind.__name__} has no fused kernel")
     return why_not_fused(layer)
+
+
+def _set_class(layer: nn.Module, kind: type) -> None:
+    # accelerate leaves the class's method on the instance when it removes a hook: it would hide the new one.
+    vars(layer).pop("forward", None)
+    layer.__class__ = kind
 
 
 def _fusing(create: Any) -> Any:
@@ -205,7 +211,7 @@ def _fusing(create: Any) -> Any:
     def create_fused(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         module: nn.Module = create(lora_config, adapter_name, target, **kwargs)
         if type(module) in _FUSED:
-            module.__class__ = _FUSED[type(module)]
+            _set_class(module, _FUSED[type(module)])
         return module
 
     create_fused._fuses_lora = True  # type: ignore[attr-defined]

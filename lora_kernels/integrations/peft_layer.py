@@ -25,7 +25,7 @@ class Linear(lora.Linear):  # type: ignore[misc]
     being one, by assignment of its `__class__`. Whatever `why_not_fused` names runs PEFT's forward.
 
     Raises:
-        ValueError: the last dimension of x is not the layer's in_features. Otherwise what PEFT's forward raises.
+        ValueError: the last dimension of x is not in_features. For the rest, what PEFT's forward raises.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -167,14 +167,22 @@ def _stacked(adapters: list[_Adapter]) -> _Adapter:
     return _Adapter("stacked", A, B, None, 1.0, 0.0)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether `forward` is replaced on the instance, as accelerate's offloading does.
+
+    Where it has undone that, the method of the class is left on the instance, which replaces nothing.
+    """
+    own = module.__dict__.get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
 def _is_hooked(module: nn.Module) -> bool:
-    # accelerate's offloading replaces `forward` on the instance.
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or has_own_forward(module)
     )
 
 

@@ -176,7 +176,9 @@ def test_a_name_that_the_hub_does_not_know(refused: Refused, monkeypatch: pytest
 
 def _hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
 
 
 @pytest.mark.parametrize("package", ["transformers", "peft", "accelerate", "matplotlib"])

@@ -133,7 +133,7 @@ def check_dropout_mask(device: str, p: float = 0.4) -> None:
 
 
 def check_dropout_statistics(device: str, p: float = 0.3) -> None:
-    """With W = 0, A = B = 1 and s = 1 the output is D(x): of ones, it is 0 with probability p, else 1 / (1 - p)."""
+    """With W = 0, A = B = 1 and s = 1 the output is D(x): of ones, 0 with probability p, else 1 / (1 - p)."""
     layer = peft.inject_adapter_in_model(
         peft.LoraConfig(r=8, lora_alpha=8, lora_dropout=p, target_modules=["0"]),
         nn.Sequential(nn.Linear(8, 8, bias=False)),

@@ -1,4 +1,4 @@
-"""One fused layer: dropout, several adapters, odd inputs, and everything that must run PEFT's own forward instead."""
+"""One fused layer: dropout, several adapters, odd inputs, and everything that must run PEFT's own forward."""
 
 from __future__ import annotations
 
@@ -130,14 +130,17 @@ def test_compiled_layer_is_one_operator(device: str) -> None:
 
 
 Spoil = Callable[[lora.Linear], object]
-# What is done to a fused layer, and a part of the reason that must be given. The layer must then do what stock does.
+# What is done to a fused layer, and a part of the reason that must be given. It must then do what stock does.
 SPOILED: dict[str, tuple[Spoil, str]] = {
     "disabled": (lambda layer: layer.enable_adapters(False), "disabled"),
     "merged": (lambda layer: layer.merge(), "merged"),
     "no active adapter": (lambda layer: layer.set_adapter("other"), "none of the active"),
     "hook on base": (lambda layer: layer.base_layer.register_forward_hook(lambda m, i, o: o * 2), "hooks"),
     "hook on A": (lambda layer: layer.lora_A.default.register_forward_hook(lambda m, i, o: o * 2), "hooks"),
-    "pre-hook on B": (lambda layer: layer.lora_B.default.register_forward_pre_hook(lambda m, i: i[0] * 2), "hooks"),
+    "pre-hook on B": (
+        lambda layer: layer.lora_B.default.register_forward_pre_hook(lambda m, i: i[0] * 2),
+        "hooks",
+    ),
     "hook on dropout": (
         lambda layer: layer.lora_dropout.default.register_forward_hook(lambda m, i, o: o * 2),
         "hooks",
@@ -156,7 +159,10 @@ SPOILED: dict[str, tuple[Spoil, str]] = {
         "ParametrizedLinear",
     ),
     "float64": (lambda layer: layer.double(), "float64"),
-    "replaced A": (lambda layer: layer.lora_A.update({"default": nn.Sequential(layer.lora_A.default)}), "made of"),
+    "replaced A": (
+        lambda layer: layer.lora_A.update({"default": nn.Sequential(layer.lora_A.default)}),
+        "made of",
+    ),
 }
 
 
@@ -190,7 +196,7 @@ def test_dtypes_that_peft_refuses_are_refused(device: str) -> None:
 
 
 def test_disabled_casting(device: str) -> None:
-    """Without PEFT's cast a float32 adapter cannot meet a bfloat16 x: an error outside autocast, and none within."""
+    """Without PEFT's cast a float32 adapter cannot meet a bfloat16 x: an error, but not in autocast."""
     stock, fused = stock_and_fused_layer(device)
     x = some_input(device).to(torch.bfloat16)
     for layer in (stock, fused):

@@ -1,8 +1,9 @@
-"""patch_peft, apply_lora_kernels, revert_lora_kernels: what they change, what they report and what they refuse."""
+"""patch_peft, apply_lora_kernels, revert_lora_kernels: what they change, report and refuse."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,12 +123,26 @@ def test_report_names_layers_and_reasons() -> None:
     ]
 
 
+class Linear4bit(lora.Linear):
+    """Stands in for the class that PEFT has where bitsandbytes is installed: it is known by its name."""
+
+
 def test_nf4_layers_are_reported() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = lora_model("mlp")
+    for layer in lora_layers(model).values():
+        layer.__class__ = Linear4bit
+    assert {layer.reason for layer in apply_lora_kernels(model)} == {"its NF4 base needs the NF4 kernels"}
+    assert kinds(model) == {Linear4bit}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_nf4_layers_of_bitsandbytes_are_reported() -> None:
+    import bitsandbytes
+
     model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.bfloat16))
     model.is_loaded_in_4bit = True
-    model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), model)
-    assert type(model[0]).__name__ == "Linear4bit"
+    with patch_peft():
+        model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), model)
     assert [layer.reason for layer in apply_lora_kernels(model)] == ["its NF4 base needs the NF4 kernels"]
 
 
@@ -162,7 +177,7 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_argument_is_no_module() -> None:
-    with pytest.raises(TypeError, match="model was str, but must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"model was str, but must be an nn.Module"):
         apply_lora_kernels("llama")  # type: ignore[arg-type]
 
 
@@ -177,7 +192,7 @@ def test_compiled_model_is_refused(change: object) -> None:
 
 
 def test_layer_with_accelerates_hook() -> None:
-    """accelerate keeps the forward that it found: a layer hooked before stays stock, one hooked after stays fused."""
+    """accelerate keeps the forward that it found: hooked before, a layer stays stock; hooked after, fused."""
     model = lora_model("mlp")
     layer = lora_layers(model)["base_model.model.lin0"]
     add_hook_to_module(layer, AlignDevicesHook("cpu"))
@@ -188,7 +203,7 @@ def test_layer_with_accelerates_hook() -> None:
     assert apply_lora_kernels(model).fused == 2
     add_hook_to_module(layer, AlignDevicesHook("cpu"))
     assert apply_lora_kernels(model).fused == 2
-    with pytest.raises(ValueError, match="layer base_model.model.lin0 had a forward of its own"):
+    with pytest.raises(ValueError, match=r"layer base_model.model.lin0 had a forward of its own"):
         revert_lora_kernels(model)
     assert kinds(model) == {Linear}
 
@@ -199,7 +214,9 @@ def test_old_peft_is_refused(monkeypatch: pytest.MonkeyPatch, fresh_check: None)
         patch_peft()
 
 
-def test_peft_that_creates_layers_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch, fresh_check: None) -> None:
+def test_peft_that_creates_layers_otherwise_is_refused(
+    monkeypatch: pytest.MonkeyPatch, fresh_check: None
+) -> None:
     monkeypatch.setattr(lora.LoraModel, "_create_new_module", staticmethod(lambda config, target: None))
     with pytest.raises(RuntimeError, match=r"_create_new_module takes \(config, target\), and took"):
         patch_peft()
@@ -211,17 +228,23 @@ def test_peft_that_creates_layers_otherwise_is_refused(monkeypatch: pytest.Monke
 stock_forward = lora.Linear.forward
 
 
-def forward_of_more_names(self: lora.Linear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+def forward_of_more_names(
+    self: lora.Linear, x: torch.Tensor, *args: object, **kwargs: object
+) -> torch.Tensor:
     return stock_forward(self, x, *args, **kwargs) * self.some_new_gate
 
 
-def test_peft_that_looks_at_something_new_is_refused(monkeypatch: pytest.MonkeyPatch, fresh_check: None) -> None:
+def test_peft_that_looks_at_something_new_is_refused(
+    monkeypatch: pytest.MonkeyPatch, fresh_check: None
+) -> None:
     monkeypatch.setattr(lora.Linear, "forward", forward_of_more_names)
-    with pytest.raises(RuntimeError, match="other names than it did: .*some_new_gate"):
+    with pytest.raises(RuntimeError, match=r"other names than it did: .*some_new_gate"):
         patch_peft()
 
 
-def test_peft_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch, fresh_check: None) -> None:
+def test_peft_that_computes_something_else_is_refused(
+    monkeypatch: pytest.MonkeyPatch, fresh_check: None
+) -> None:
     def forward(self: lora.Linear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return stock_forward(self, x) * 2
 

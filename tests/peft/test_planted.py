@@ -1,4 +1,4 @@
-"""Bugs planted in the fused layer. The checks that the other tests are made of must notice every one of them."""
+"""Bugs planted in the fused layer: the checks that the other tests are made of must notice every one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def in_linear(**changes: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], N
 
 
 def in_adapters(change: Callable[[lora.Linear, Any], Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Plant by changing each adapter's operands before the fused forward sees them; None leaves the adapter out."""
+    """Plant by changing each adapter's operands before the fused forward sees them; None leaves it out."""
 
     def planted(layer: lora.Linear, x: Tensor, operands: Operands) -> Tensor:
         changed = [change(layer, adapter) for adapter in operands.adapters]
@@ -66,7 +66,11 @@ def two_adapters(device: str) -> None:
     checks.check_against_stock(device, adapters=2)
 
 
-MASK, STATISTICS, STOCK = checks.check_dropout_mask, checks.check_dropout_statistics, checks.check_against_stock
+MASK, STATISTICS, STOCK = (
+    checks.check_dropout_mask,
+    checks.check_dropout_statistics,
+    checks.check_against_stock,
+)
 Check = Callable[[str], None]
 BUGS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], list[Check]]] = {
     "dropout is ignored": (in_linear(dropout_p=lambda o: 0.0), [MASK, STATISTICS]),
@@ -81,15 +85,24 @@ BUGS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], list[Check]]] = {
     "every call draws the same mask": (in_linear(dropout_p=same_mask), [STATISTICS]),
     "dropout in evaluation": (in_linear(dropout_p=lambda o: o["dropout_p"] or 0.3), [STATISTICS]),
     "alpha / r in place of scaling": (in_adapters(alpha_over_r), [checks.check_set_scale]),
-    "the gradient of A has the wrong sign": (in_linear(lora_A=lambda o: negated_gradient(o["lora_A"])), [STOCK]),
-    "the gradient of B has the wrong sign": (in_linear(lora_B=lambda o: negated_gradient(o["lora_B"])), [STOCK]),
+    "the gradient of A has the wrong sign": (
+        in_linear(lora_A=lambda o: negated_gradient(o["lora_A"])),
+        [STOCK],
+    ),
+    "the gradient of B has the wrong sign": (
+        in_linear(lora_B=lambda o: negated_gradient(o["lora_B"])),
+        [STOCK],
+    ),
     "the gradient of x has the wrong sign": (in_linear(x=lambda o: negated_gradient(o["x"])), [STOCK]),
     "A has no gradient": (in_linear(lora_A=lambda o: o["lora_A"].detach()), [STOCK]),
     "the first active adapter only": (
         in_adapters(lambda layer, adapter: adapter if adapter.name == "default" else None),
         [two_adapters, with_lora_bias],
     ),
-    "lora_B's bias is missing": (in_adapters(lambda layer, adapter: adapter._replace(c=None)), [with_lora_bias]),
+    "lora_B's bias is missing": (
+        in_adapters(lambda layer, adapter: adapter._replace(c=None)),
+        [with_lora_bias],
+    ),
     "lora_B's bias is not scaled": (
         in_adapters(lambda layer, a: a if a.c is None else a._replace(c=a.c / a.scaling)),
         [with_lora_bias],

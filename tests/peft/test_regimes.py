@@ -64,8 +64,7 @@ def cast(layer: lora.Linear, regime: Regime) -> lora.Linear:
 @pytest.mark.parametrize("lora_bias", [False, True], ids=["", "lora_bias"])
 def test_no_less_accurate_than_peft(device: str, regime: Regime, adapters: int, lora_bias: bool) -> None:
     stock, fused = (
-        cast(layer, regime)
-        for layer in stock_and_fused_layer(device, adapters=adapters, lora_bias=lora_bias)
+        cast(layer, regime) for layer in stock_and_fused_layer(device, adapters=adapters, lora_bias=lora_bias)
     )
     for layer in (stock, fused):
         layer.base_layer.bias.requires_grad_()
@@ -110,7 +109,7 @@ def test_mixed_adapter_dtypes(device: str) -> None:
 
 
 def assert_no_worse(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, accuracy: torch.dtype) -> None:
-    """Our error is at most PEFT's and a floor: a fifth of an ulp is what one rounding adds to the norm of the error.
+    """Our error is at most PEFT's and a floor: a fifth of an ulp, about what one rounding adds to the norm.
 
     In float32 the order of the additions, which is anybody's, weighs more than that.
     """

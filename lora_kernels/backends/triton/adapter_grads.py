@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.pieces import keep_tile, narrow_dot
+from lora_kernels.backends.triton.pieces import beside, high_low, keep_tile
 
 
 @triton.jit
@@ -22,7 +22,8 @@ def _reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, 
     """sum over rows of mask(wide)[m, c] * narrow[m, r]: a float32 tile [BLOCK_C, BLOCK_R]."""
     offs_c = column0 + tl.arange(0, BLOCK_C)
     offs_r = r0 + tl.arange(0, BLOCK_R)
-    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    split: tl.constexpr = wide_ptr.dtype.element_ty != narrow_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_C, 2 * BLOCK_R if split else BLOCK_R), tl.float32)
     for m0 in tl.range(first_row, last_row, BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)[:, None]
@@ -31,7 +32,15 @@ def _reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, 
         narrow = tl.load(narrow_ptr + rows * R + offs_r[None, :], in_rows & (offs_r < R)[None, :], other=0.0)
         if MASKED:
             wide = tl.where(keep_tile(seed_ptr, m0, column0, threshold, BLOCK_M, BLOCK_C), wide, 0.0)
-        acc = narrow_dot(tl.trans(wide), narrow, acc, PRECISION)
+        if split:
+            # A float32 narrow matrix travels as two halves of 16 bits, a column for each.
+            high, low = high_low(narrow, wide.dtype)
+            acc = tl.dot(tl.trans(wide), beside(high, low), acc)
+        else:
+            acc = tl.dot(tl.trans(wide), narrow, acc, input_precision=PRECISION)
+    if split:
+        high, low = tl.split(tl.reshape(acc, (BLOCK_C, BLOCK_R, 2)))
+        acc = high + low
     return acc
 
 

@@ -65,7 +65,7 @@ def one_pass(
         use_tma = chip.has_tma and all(map(fits_tma, (left, stored_w, out)))
         tiles = one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
     row_tiles, column_tiles = triton.cdiv(M, tiles.block_m), triton.cdiv(N, tiles.block_n)
-    block_r = rank_block(R)
+    block_r = rank_block(R, precision)
     rank_chunks = triton.cdiv(R, block_r)
     programs = programs or min(chip.multiprocessors, row_tiles * column_tiles)
     k_parts, shares = share_out(programs, row_tiles, column_tiles, triton.cdiv(K, tiles.block_k), rank_chunks)
@@ -79,6 +79,7 @@ def one_pass(
         blocks = ((tiles.block_m, tiles.block_k), w_block, (tiles.block_m, tiles.block_n // 2))
         refs = tuple(_descriptor(t, block) for t, block in zip((left, stored_w, out), blocks, strict=True))
     scale_is_tensor = isinstance(scale, Tensor)
+    mask_out = dropout is not None and not mask_left
     one_pass_kernel[(programs,)](
         *refs,
         down,
@@ -91,7 +92,7 @@ def one_pass(
         scale if scale_is_tensor else None,
         1.0 if scale_is_tensor else float(scale),
         0 if dropout is None else dropout.threshold,
-        spin_limit,
+        spin_limit if shares else 0,
         M,
         N,
         K,
@@ -114,12 +115,14 @@ def one_pass(
         RANK_CHUNKS=rank_chunks,
         W_IS_NK=w_is_nk,
         MASK_X=dropout is not None and mask_left,
-        MASK_OUT=dropout is not None and not mask_left,
+        MASK_OUT=mask_out,
         HAS_BIAS=bias is not None,
         SPLIT=precision == "split",
         PRECISION=dot_precision(dtype),
         USE_TMA=tiles.use_tma,
         DTYPE=_TYPES[dtype],
+        # With the mask in its epilogue, the flat loop's products would no longer overlap (ptxas C7515).
+        FLATTEN=tiles.use_tma and not mask_out,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -146,7 +149,7 @@ def adapter_grads(
         return None if dA is None else dA.zero_(), None if dB is None else dB.zero_()
     chip = chip_of(device)
     tiles = grad_tiles(chip, dy.dtype.itemsize)
-    block_r = rank_block(R)
+    block_r = rank_block(R, "native")
     chunks = triton.cdiv(R, block_r)
     blocks = (triton.cdiv(K, tiles.block_c) if want_a else 0) + (triton.cdiv(N, tiles.block_c) if want_b else 0)
     if blocks == 0:

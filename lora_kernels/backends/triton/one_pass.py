@@ -20,6 +20,9 @@ the same instructions in the same order, so whoever stores, the bits are the sam
 running: the kernel needs no co-residency, no cooperative launch and no ticket, and cannot deadlock while other
 kernels hold the multiprocessors.
 
+Where the rank has more chunks than the row block has tiles (a rank beyond N / 2), nothing is shared: `shares` and
+`spin_limit` are 0, and every tile computes S. One launch stays one launch.
+
 The last program to finish puts every count and flag back to zero, for the next launch on the stream or the next
 replay of the graph.
 """
@@ -29,7 +32,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.pieces import keep_tile, load_tile, narrow_dot, split_dot, store_tile
+from lora_kernels.backends.triton.pieces import beside, high_low, keep_tile, load_tile, split_dot, store_tile
 
 # The most parts that a chunk of S is summed from.
 MAX_PARTS = tl.constexpr(8)
@@ -46,9 +49,12 @@ def _add_down(x, down_ptr, stride_dk, stride_dr, k0, r0, K, R, s, row0, seed_ptr
     down = tl.load(down_ptr + offs_k[:, None].to(tl.int64) * stride_dk + offs_r[None, :] * stride_dr, mask, other=0.0)
     if MASK_X:
         x = tl.where(keep_tile(seed_ptr, row0, k0, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-    if not SPLIT:
-        down = down.to(x.dtype)
-    return narrow_dot(x, down, s, PRECISION)
+    if SPLIT:
+        # s has a column for the high and one for the low half of each column of D.
+        high, low = high_low(down, x.dtype)
+        return tl.dot(x, beside(high, low), s)
+    else:
+        return tl.dot(x, down.to(x.dtype), s, input_precision=PRECISION)
 
 
 @triton.jit
@@ -64,12 +70,22 @@ def _compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, row0, r0, f
                    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, MASK_X: tl.constexpr,
                    SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
     """One share of S on its own, for whoever cannot have it from a main loop."""
-    s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    s = tl.zeros((BLOCK_M, 2 * BLOCK_R if SPLIT else BLOCK_R), tl.float32)
     for ki in tl.range(first, last, num_stages=1):
         x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
         s = _add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, r0, K, R, s, row0, seed_ptr, threshold,
                       BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
-    return s
+    return _fold(s, BLOCK_M, BLOCK_R, SPLIT)
+
+
+@triton.jit
+def _fold(s, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):
+    """The sum of what the high and the low half of D gave."""
+    if SPLIT:
+        high, low = tl.split(tl.reshape(s, (BLOCK_M, BLOCK_R, 2)))
+        return high + low
+    else:
+        return s
 
 
 @triton.jit
@@ -149,12 +165,12 @@ def _add_up(acc, s, up_ptr, stride_ur, stride_un, r0, n0, R, N, dtype: tl.conste
     """acc + s U for one chunk of the rank."""
     offs_r = r0 + tl.arange(0, BLOCK_R)
     offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask = (offs_r < R)[:, None] & (offs_n < N)[None, :]
-    up = tl.load(up_ptr + offs_r[:, None] * stride_ur + offs_n[None, :].to(tl.int64) * stride_un, mask, other=0.0)
+    mask = (offs_n < N)[:, None] & (offs_r < R)[None, :]
+    up_t = tl.load(up_ptr + offs_n[:, None].to(tl.int64) * stride_un + offs_r[None, :] * stride_ur, mask, other=0.0)
     if SPLIT:
-        return split_dot(s, up, acc, dtype)
+        return split_dot(s, up_t, acc, dtype)
     else:
-        return tl.dot(s.to(dtype), up.to(dtype), acc, input_precision=PRECISION)
+        return tl.dot(s.to(dtype), tl.trans(up_t).to(dtype), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -182,17 +198,24 @@ def _load_s(stored, s_ptr, stride_sm, row0, r0, M, R, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
-def _masked_up(stored, pid_m, column0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur, stride_un, stride_sm,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr,
-               SPLIT: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """mask(S U) for BLOCK_N columns from `column0`."""
+def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile: a whole one's way out through shared memory would cost a stage."""
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _add_masked_up(acc, stored, pid_m, column0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur, stride_un,
+                   stride_sm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+                   RANK_CHUNKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+                   DTYPE: tl.constexpr):  # fmt: skip
+    """acc + mask(S U) for BLOCK_N columns from `column0`."""
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
         s = _load_s(stored, s_ptr, stride_sm, pid_m * BLOCK_M, chunk * BLOCK_R, M, R, BLOCK_M, BLOCK_R)
         up = _add_up(up, s, up_ptr, stride_ur, stride_un, chunk * BLOCK_R, column0, R, N, DTYPE, BLOCK_R, BLOCK_N, SPLIT,
                      PRECISION)  # fmt: skip
     keep = keep_tile(seed_ptr, pid_m * BLOCK_M, column0, threshold, BLOCK_M, BLOCK_N)
-    return tl.where(keep, up, 0.0)
+    return acc + tl.where(keep, up, 0.0)
 
 
 @triton.jit
@@ -210,8 +233,6 @@ def _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, 
     if HAS_BIAS:
         offs_n = left0 + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    # Halves, because a whole tile's way through shared memory would cost a stage of the main loop.
-    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
     stored = _all_ready(ready_ptr + pid_m, RANK_CHUNKS, spin_limit)
     if not stored:
         _compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R, k_tiles, k_parts, stride_xm, stride_dk,
@@ -221,19 +242,27 @@ def _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, 
         # pipelining the loop around it.
         stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
     if MASK_OUT:
-        # One half after the other: S U of a half has to be masked before it is added, and that takes registers.
-        left += _masked_up(stored, pid_m, left0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur, stride_un, stride_sm, BLOCK_M,
-                         HALF, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-        store_tile(out_ref, stride_om, row0, left0, M, N, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
-        right += _masked_up(stored, pid_m, right0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur, stride_un, stride_sm, BLOCK_M,
-                         HALF, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-        store_tile(out_ref, stride_om, row0, right0, M, N, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)
+        # A quarter after the other: S U has to be masked before it is added, and that takes registers.
+        QUARTER: tl.constexpr = HALF // 2
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        for side in tl.static_range(2):
+            half = left if side == 0 else right
+            half0 = left0 + side * HALF
+            first, second = _halves(half, BLOCK_M, HALF)
+            first = _add_masked_up(first, stored, pid_m, half0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur,
+                                   stride_un, stride_sm, BLOCK_M, QUARTER, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
+                                   DTYPE)  # fmt: skip
+            second = _add_masked_up(second, stored, pid_m, half0 + QUARTER, up_ptr, s_ptr, seed_ptr, threshold, M, N, R,
+                                    stride_ur, stride_un, stride_sm, BLOCK_M, QUARTER, BLOCK_R, RANK_CHUNKS, SPLIT,
+                                    PRECISION, DTYPE)  # fmt: skip
+            half = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (BLOCK_M, HALF))
+            store_tile(out_ref, stride_om, row0, half0, M, N, half.to(DTYPE), BLOCK_M, HALF, USE_TMA)
     else:
         for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
             r0 = chunk * BLOCK_R
             s = _load_s(stored, s_ptr, stride_sm, row0, r0, M, R, BLOCK_M, BLOCK_R)
-            left = _add_up(left, s, up_ptr, stride_ur, stride_un, r0, left0, R, N, DTYPE, BLOCK_R, HALF, SPLIT, PRECISION)
-            right = _add_up(right, s, up_ptr, stride_ur, stride_un, r0, right0, R, N, DTYPE, BLOCK_R, HALF, SPLIT, PRECISION)
+            acc = _add_up(acc, s, up_ptr, stride_ur, stride_un, r0, left0, R, N, DTYPE, BLOCK_R, BLOCK_N, SPLIT, PRECISION)
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
         store_tile(out_ref, stride_om, row0, left0, M, N, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
         store_tile(out_ref, stride_om, row0, right0, M, N, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)
 
@@ -246,7 +275,7 @@ def one_pass_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr,
     MASK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
+    USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """The module's docstring says what it computes and why it ends.
 
@@ -272,24 +301,16 @@ def one_pass_kernel(
         chunk, part = pid_n % RANK_CHUNKS, pid_n // RANK_CHUNKS
         first, last = _part_bounds(part, k_parts, k_tiles)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        share = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        share = tl.zeros((BLOCK_M, 2 * BLOCK_R if SPLIT else BLOCK_R), tl.float32)
         for ki in tl.range(first, last):
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
             w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             share = _add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, seed_ptr,
                               threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
+        share = _fold(share, BLOCK_M, BLOCK_R, SPLIT)
         _publish(share, workspace_ptr, arrived_ptr, ready_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part, RANK_CHUNKS,
                  k_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
-        # Where the rank has more chunks than the row block has tiles, a tile has more than one share.
-        for item in tl.range(pid_n + shares, k_parts * RANK_CHUNKS, shares, num_stages=1):
-            chunk, part = item % RANK_CHUNKS, item // RANK_CHUNKS
-            k_first, k_last = _part_bounds(part, k_parts, k_tiles)
-            share = _compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, row0, chunk * BLOCK_R, k_first, k_last,
-                                   M, K, R, seed_ptr, threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION,
-                                   USE_TMA)  # fmt: skip
-            _publish(share, workspace_ptr, arrived_ptr, ready_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part,
-                     RANK_CHUNKS, k_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
         # The rest of K, from where the share ended and around.
         for step in tl.range(last, first + k_tiles):
             ki = tl.where(step < k_tiles, step, step - k_tiles)
@@ -301,28 +322,41 @@ def one_pass_kernel(
                      stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, MASK_OUT,
                      HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
-    # All others, as one loop over every step of every tile: the loads of a tile are then under way while the one
-    # before it is being finished.
+    # All others.
     tile = pid + tl.cdiv(tl.maximum(shared_tiles - pid, 0), programs) * programs
     mine = tl.cdiv(tl.maximum(row_tiles * column_tiles - tile, 0), programs)
-    pid_m, pid_n = 0, 0
-    ki = -1
-    tile -= programs
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in tl.range(0, mine * k_tiles):
-        ki = tl.where(ki == k_tiles - 1, 0, ki + 1)
-        if ki == 0:
-            tile += programs
-            pid_m, pid_n = _plain_tile(tile - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
-        x = load_tile(x_ref, stride_xm, pid_m * BLOCK_M, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
-        w = _load_w(w_ref, stride_w, ki * BLOCK_K, pid_n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        if ki == k_tiles - 1:
-            _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, seed_ptr, scale,
-                         threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
-                         stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X,
-                         MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+    if FLATTEN:
+        # One loop over every step of every tile: the loads of a tile are under way while the one before it is finished.
+        pid_m, pid_n = 0, 0
+        ki = -1
+        tile -= programs
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for _ in tl.range(0, mine * k_tiles):
+            ki = tl.where(ki == k_tiles - 1, 0, ki + 1)
+            if ki == 0:
+                tile += programs
+                pid_m, pid_n = _plain_tile(tile - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
+            x = load_tile(x_ref, stride_xm, pid_m * BLOCK_M, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
+            w = _load_w(w_ref, stride_w, ki * BLOCK_K, pid_n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            if ki == k_tiles - 1:
+                _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, seed_ptr,
+                             scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
+                             stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS,
+                             MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        for index in tl.range(0, mine, num_stages=1):
+            pid_m, pid_n = _plain_tile(tile + index * programs - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for ki in tl.range(0, k_tiles):
+                x = load_tile(x_ref, stride_xm, pid_m * BLOCK_M, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
+                w = _load_w(w_ref, stride_w, ki * BLOCK_K, pid_n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+                acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, seed_ptr,
+                         scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
+                         stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS,
+                         MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     tl.debug_barrier()
     if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == programs - 1:

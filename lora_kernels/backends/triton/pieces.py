@@ -34,24 +34,22 @@ def high_low(wide, dtype: tl.constexpr):
 
 
 @triton.jit
-def narrow_dot(left, right, acc, PRECISION: tl.constexpr):
-    """acc + left @ right, where right may be float32 and left is not: right then travels as two halves."""
-    if left.dtype != tl.float32 and right.dtype == tl.float32:
-        high, low = high_low(right, left.dtype)
-        acc = tl.dot(left, high, acc)
-        return tl.dot(left, low, acc)
-    else:
-        return tl.dot(left, right, acc, input_precision=PRECISION)
+def beside(high, low):
+    """[X, Y] and [X, Y] to [X, 2 Y], their columns interleaved."""
+    return tl.reshape(tl.join(high, low), (high.shape[0], 2 * high.shape[1]))
 
 
 @triton.jit
-def split_dot(left, right, acc, dtype: tl.constexpr):
-    """acc + left @ right of float32 tiles through 16-bit tensor cores; the product of the low halves is noise."""
+def split_dot(left, right_t, acc, dtype: tl.constexpr):
+    """acc + left @ right_t^T of float32 tiles through 16-bit tensor cores.
+
+    One product over four times the columns, (high + low) of left times (high + low) of right: several products in
+    a row on one accumulator would be kept from overlapping.
+    """
     left_high, left_low = high_low(left, dtype)
-    right_high, right_low = high_low(right, dtype)
-    acc = tl.dot(left_high, right_high, acc)
-    acc = tl.dot(left_low, right_high, acc)
-    return tl.dot(left_high, right_low, acc)
+    right_high, right_low = high_low(right_t, dtype)
+    both = beside(left_high, left_low)
+    return tl.dot(beside(both, both), tl.trans(beside(beside(right_high, right_high), beside(right_low, right_low))), acc)
 
 
 @triton.jit

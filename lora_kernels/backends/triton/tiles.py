@@ -98,9 +98,12 @@ def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> 
     return min(candidates(chip, itemsize, use_tma), key=cost)
 
 
-def rank_block(rank: int) -> int:
-    """The columns of one chunk of the rank: a power of two from 16, the least of a tensor core's product, to 64."""
-    return min(64, max(16, 1 << (rank - 1).bit_length()))
+def rank_block(rank: int, precision: str) -> int:
+    """The columns of one chunk of the rank: a power of two from 16, the least of a tensor core's product, to 64.
+
+    Split adapters take four times the shared memory, so theirs stays at 16.
+    """
+    return 16 if precision == "split" else min(64, max(16, 1 << (rank - 1).bit_length()))
 
 
 def grad_tiles(chip: Chip, itemsize: int) -> GradTiles:
@@ -114,8 +117,11 @@ def share_out(
 ) -> tuple[int, int]:
     """(parts of K that a chunk of S is summed from, sharing tiles of a row block).
 
-    As many sharing tiles as there are programs in the first wave, so that the extra work is spread over all.
+    As many sharing tiles as there are programs in the first wave, so that the extra work is spread over all. No
+    sharing where the rank has more chunks than a row block has tiles.
     """
+    if rank_chunks > column_tiles:
+        return 1, 0
     parts = programs // (row_tiles * rank_chunks)
     parts = max(1, min(parts, MAX_PARTS, column_tiles // rank_chunks, k_tiles))
-    return parts, min(column_tiles, parts * rank_chunks)
+    return parts, parts * rank_chunks

@@ -20,6 +20,8 @@ Example = dict[str, torch.Tensor]
 HELD_OUT_SHARE = 10
 HELD_OUT_MOST = 16
 
+IGNORED_LABEL = -100
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -70,7 +72,10 @@ def split(ids: Sequence[int], seq: int) -> Corpus:
     held_out_count = min(HELD_OUT_MOST, max(1, count // HELD_OUT_SHARE))
     spacing = count // held_out_count
     held_out_rows = {(index + 1) * spacing - 1 for index in range(held_out_count)}
-    examples = [{"input_ids": row, "labels": row} for row in rows]
+    labels = rows.clone()
+    # Nothing predicts a first token. Older versions of Trainer would still count it when they take the mean.
+    labels[:, 0] = IGNORED_LABEL
+    examples = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
     return Corpus(
         train=[example for index, example in enumerate(examples) if index not in held_out_rows],
         held_out=[examples[index] for index in sorted(held_out_rows)],

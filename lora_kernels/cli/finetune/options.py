@@ -94,9 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("finetune-out"),
+        default=Path("runs/finetune"),
         metavar="DIR",
-        help="where the adapter and the report go; earlier ones there are replaced (default: finetune-out)",
+        help="where the adapter and the report go; earlier ones there are replaced (default: runs/finetune)",
     )
 
 

@@ -11,6 +11,8 @@ from lora_kernels.cli.finetune.training import Run
 matplotlib.use("Agg")  # Before pyplot is imported: this one needs no display.
 from matplotlib import pyplot
 
+WINDOW = 10
+
 
 def write_plot(runs: Sequence[Run], path: Path) -> None:
     """Draws the loss curves and, for more than one run, bars of speed and memory beside them."""
@@ -34,7 +36,11 @@ def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:
         color = f"C{index}"
         style = "-" if index == 0 else "--"
         losses = [step.loss for step in run.steps]
-        axes.plot(range(1, len(losses) + 1), losses, style, color=color, label=run.name)
+        numbers = range(1, len(losses) + 1)
+        axes.plot(numbers, losses, color=color, alpha=0.25, linewidth=1)
+        axes.plot(
+            numbers, _running_mean(losses), style, color=color, label=f"{run.name}, mean of {WINDOW} steps"
+        )
         held_out = [(0, run.loss_before), (len(run.steps), run.loss_after)]
         measured = [(step, loss) for step, loss in held_out if loss is not None]
         axes.plot(*zip(*measured, strict=True), "o:", color=color, alpha=0.6, label=f"{run.name}, held out")
@@ -42,6 +48,12 @@ def _draw_losses(axes: Any, runs: Sequence[Run]) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """The mean of the last WINDOW values: steps of a few sequences differ more than training changes them."""
+    windows = (values[max(0, end - WINDOW) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _draw_bars(axes: Any, runs: Sequence[Run], title: str, values: list[float | None], spec: str) -> None:

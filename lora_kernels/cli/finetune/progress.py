@@ -1,6 +1,7 @@
 """What happens beside the training steps: the record of them, the progress bar, and Ctrl-C."""
 
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from types import FrameType
@@ -95,7 +96,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("Ctrl-C: stopping after this step (again: stop at once)")
+        tqdm.write("Ctrl-C: stopping after this step (again: at once)", file=sys.stderr)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

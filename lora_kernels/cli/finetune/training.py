@@ -120,7 +120,7 @@ def _training_arguments(job: Job, autocast: dict[str, bool]) -> TrainingArgument
         prediction_loss_only=True,
         learning_rate=options.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=0.05,
+        warmup_steps=2,
         seed=options.seed,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
@@ -128,7 +128,7 @@ def _training_arguments(job: Job, autocast: dict[str, bool]) -> TrainingArgument
         logging_steps=1,
         # A loss that is not a number must be seen as such.
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all",
+        include_num_input_tokens_seen=True,
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
