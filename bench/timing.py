@@ -14,45 +14,64 @@ import torch
 Step = Callable[[], object]
 
 
-def graphed(step: Step) -> Step:
-    """The same work as the replay of a CUDA graph: the time of the GPU alone, without launches."""
+def interleaved(steps: dict[str, Step], regime: str, graph: bool = False, samples: int = 30) -> dict[str, float]:
+    """Median microseconds of each step; with `graph`, of its replay, where launches cost nothing."""
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    heater = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") if regime == "warm" else None
+    make = _graph_sample if graph else _eager_sample
+    takers = {name: make(step, flush) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    if heater is not None:
+        _heat(heater, 2.0)
+    for _ in range(samples):
+        for name, take in takers.items():
+            torch.cuda.synchronize()
+            if heater is None:
+                time.sleep(0.01)
+            else:
+                torch.mm(heater, heater)
+            times[name].append(take())
+    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+
+
+def _eager_sample(step: Step, flush: torch.Tensor) -> Callable[[], float]:
+    for _ in range(3):
+        step()
+
+    def take() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1000
+
+    return take
+
+
+def _graph_sample(step: Step, flush: torch.Tensor) -> Callable[[], float]:
+    """The events are nodes of the graph, so that the launch of the graph itself is outside of them."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
+    start, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        flush.zero_()
+        start.record()
         step()
-    return graph.replay
+        end.record()
 
+    def take() -> float:
+        graph.replay()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1000
 
-def interleaved(steps: dict[str, Step], regime: str, samples: int = 30) -> dict[str, float]:
-    """Median microseconds of each step."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    heater = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") if regime == "warm" else None
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    if heater is not None:
-        _heat(heater, 2.0)
-    for _ in range(samples):
-        for name, step in steps.items():
-            if heater is None:
-                torch.cuda.synchronize()
-                time.sleep(0.01)
-            else:
-                torch.mm(heater, heater)
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            step()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) * 1000)
-    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    return take
 
 
 def cpu_microseconds(step: Step, samples: int = 200) -> float:

@@ -8,12 +8,13 @@ Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2). On
     key = seed, counter = (k // 8, m, 0, 0);  lane k % 8 is half (k % 2) of word (k % 8) // 2, low half first
     keep(m, k) = lane >= round(p * 65536)
 
-so p has a resolution of 1.5e-5.
+so the probability in force is a multiple of 2^-16, and what stays is scaled by 1 / (1 - p) with that p: the mean of
+D(x) is x exactly.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,14 +23,21 @@ PHILOX_ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+_LANES = 1 << 16
+# Calls of Philox that a CPU makes at a time: the int64 temporaries of so many stay in its cache.
+_CPU_BLOCK = 1 << 17
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dropout:
-    """One draw of a dropout mask: the probability `p` of a zero, and the int64 `seed` (a tensor on the device)."""
+    """One draw of a dropout mask: the probability `p` of a zero, and the int64 `seed` (a tensor on the device).
+
+    The mask itself lives as long as the object does, which is one forward or one backward.
+    """
 
     p: float
     seed: Tensor
+    _mask: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @staticmethod
     def draw(p: float, device: torch.device) -> Dropout | None:
@@ -43,23 +51,23 @@ class Dropout:
     def threshold(self) -> int:
         return drop_threshold(self.p)
 
-    @property
-    def inverse_keep(self) -> float:
-        return inverse_keep(self.p)
-
     def keep(self, rows: int, columns: int) -> Tensor:
-        """The bool mask [rows, columns]: True where an element stays."""
-        return keep_mask(self.seed, rows, columns, self.p)
+        """The bool mask [rows, columns]: True where an element stays. dx and dA of one backward share it."""
+        if self._mask is None:
+            self._mask = keep_mask(self.seed, rows, columns, self.p)
+        assert self._mask.shape == (rows, columns), "a draw has one mask"
+        return self._mask
 
 
 def drop_threshold(p: float) -> int:
     """The 16-bit lanes below this number are dropped."""
-    return round(p * 65536)
+    return round(p * _LANES)
 
 
 def inverse_keep(p: float) -> float:
-    """1 / (1 - p), and 0 where everything is dropped."""
-    return 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+    """1 / (1 - p) with the p that the mask of a p has, threshold / 65536; 0 where everything is dropped."""
+    kept = _LANES - drop_threshold(p)
+    return _LANES / kept if kept else 0.0
 
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
@@ -72,25 +80,39 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     Returns:
         A bool tensor [rows, columns] on the seed's device.
     """
-    groups = -(-columns // 8)
-    words = _philox(seed, torch.arange(groups, device=seed.device), torch.arange(rows, device=seed.device)[:, None])
-    lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return (lanes >= drop_threshold(p)).view(rows, groups * 8)[:, :columns]
+    device, threshold, groups = seed.device, drop_threshold(p), -(-columns // 8)
+    keep = torch.empty(rows, groups, 8, dtype=torch.bool, device=device)
+    if threshold == _LANES:
+        return keep.zero_().view(rows, groups * 8)[:, :columns]
+    c0 = torch.arange(groups, device=device)[None, :]
+    step = max(1, _CPU_BLOCK // max(1, groups)) if device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, step):
+        block = keep[start : start + step]
+        words = _philox(seed, c0, torch.arange(start, start + len(block), device=device)[:, None])
+        # The low 32 bits of a number are the word, and the halves of four words in a row are the eight lanes.
+        lanes = torch.stack([word.view(torch.int32)[:, ::2] for word in words], dim=-1).view(torch.int16)
+        # PyTorch compares signed numbers: with the sign bit flipped they are in the order of unsigned ones.
+        torch.ge(lanes.bitwise_xor_(-(1 << 15)), threshold - (1 << 15), out=block)
+    return keep.view(rows, groups * 8)[:, :columns]
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32 in int64 arithmetic: the low 32 bits of each number are the word."""
-    c0, c1 = torch.broadcast_tensors(c0, c1)
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    """Philox4x32 of the counters (c0, c1, 0, 0) in int64: the low 32 bits of each number [rows, groups] are the word.
+
+    c0 is [1, groups] and c1 [rows, 1]. They meet in the second round, so the first ones are computed on vectors.
+    """
+    c2 = c3 = torch.zeros_like(c0[:, :1])
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(PHILOX_ROUNDS):
-        # A product of two 32-bit words wraps around int64's sign, which neither the mask nor the masked shift sees.
+        # A product of two 32-bit words wraps around int64's sign, which the mask below takes away again. c1 and c3
+        # keep their upper halves: only what is multiplied must be a clean word.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _WORD) ^ c1 ^ key0,
-            product1 & _WORD,
-            ((product0 >> 32) & _WORD) ^ c3 ^ key1,
-            product0 & _WORD,
-        )
+        c0, c2 = _mix(product1, c1, key0), _mix(product0, c3, key1)
+        c1, c3 = product1, product0
         key0, key1 = (key0 + _WEYL[0]) & _WORD, (key1 + _WEYL[1]) & _WORD
     return c0, c1, c2, c3
+
+
+def _mix(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
+    """The product's upper half, the word and the key, xor-ed."""
+    return (product >> 32).bitwise_xor_(key).bitwise_xor(word).bitwise_and_(_WORD)

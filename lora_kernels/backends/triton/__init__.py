@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_kernels.backends import Backend, Precision, Problem, Scale, eager
 from lora_kernels.backends.triton import launch
-from lora_kernels.backends.triton.tiles import candidates, chip_of
+from lora_kernels.backends.triton.tiles import INTERPRETER, candidates, chip_of
 from lora_kernels.dropout import Dropout
 
 
@@ -57,12 +57,12 @@ def _strided(weight: Tensor) -> Tensor:
 def _refuses(problem: Problem) -> str | None:
     if problem.in_features == 0 or problem.out_features == 0:
         return "in_features and out_features must be at least 1"
-    if problem.device.type == "cpu":
-        return None if _interpreted() else "x is on the CPU, and Triton's kernels run on GPUs"
-    if problem.device.type != "cuda":
+    if problem.device.type != "cuda" and not (problem.device.type == "cpu" and _interpreted()):
         return f"x is on {problem.device}, and Triton's kernels run on CUDA and ROCm GPUs"
+    if problem.precision == "split" and problem.dtype == torch.float16:
+        return "float32 adapters over a float16 base, outside autocast, do not fit into float16 halves"
     chip = chip_of(problem.device)
-    if torch.version.cuda is not None and chip.capability < (8, 0):
+    if chip != INTERPRETER and torch.version.cuda is not None and chip.capability < (8, 0):
         return f"compute capability is {chip.capability[0]}.{chip.capability[1]}, and the kernels need 8.0"
     return None
 
@@ -70,7 +70,7 @@ def _refuses(problem: Problem) -> str | None:
 def _declines(problem: Problem) -> str | None:
     if problem.device.type == "cpu":
         return "Triton's interpreter is for tests"
-    if problem.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    if problem.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return "float32 without TF32 has no tensor cores, where the libraries' kernels are faster"
     return None
 
@@ -83,7 +83,7 @@ def _describe(problem: Problem) -> str | None:
     chip = chip_of(problem.device)
     rows = problem.in_features * problem.dtype.itemsize % 16 == 0
     columns = problem.out_features * problem.dtype.itemsize % 16 == 0
-    use_tma = chip.has_tma and rows and columns
+    use_tma = chip.has_tma and rows and columns and problem.dtype != torch.float32
     tiles = ", ".join(
         f"{t.block_m}x{t.block_n}x{t.block_k}" for t in candidates(chip, problem.dtype.itemsize, use_tma)
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.pieces import beside, high_low, keep_tile
+from lora_kernels.backends.triton.pieces import in_parts, keep_tile, sum_of_parts
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, 
     offs_c = column0 + tl.arange(0, BLOCK_C)
     offs_r = r0 + tl.arange(0, BLOCK_R)
     split: tl.constexpr = wide_ptr.dtype.element_ty != narrow_ptr.dtype.element_ty
-    acc = tl.zeros((BLOCK_C, 2 * BLOCK_R if split else BLOCK_R), tl.float32)
+    acc = tl.zeros((BLOCK_C, 4 * BLOCK_R if split else BLOCK_R), tl.float32)
     for m0 in tl.range(first_row, last_row, BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)[:, None]
@@ -33,14 +33,11 @@ def _reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, 
         if MASKED:
             wide = tl.where(keep_tile(seed_ptr, m0, column0, threshold, BLOCK_M, BLOCK_C), wide, 0.0)
         if split:
-            # A float32 narrow matrix travels as two halves of 16 bits, a column for each.
-            high, low = high_low(narrow, wide.dtype)
-            acc = tl.dot(tl.trans(wide), beside(high, low), acc)
+            acc = tl.dot(tl.trans(wide), in_parts(narrow), acc)
         else:
             acc = tl.dot(tl.trans(wide), narrow, acc, input_precision=PRECISION)
     if split:
-        high, low = tl.split(tl.reshape(acc, (BLOCK_C, BLOCK_R, 2)))
-        acc = high + low
+        acc = sum_of_parts(acc, BLOCK_C, BLOCK_R)
     return acc
 
 

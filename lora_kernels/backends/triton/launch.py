@@ -1,6 +1,9 @@
-"""From tensors to launches: descriptors, workspaces and the numbers that a kernel is called with."""
+"""From tensors to launches: which configuration, which workspaces, and the numbers that a kernel is called with."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -9,14 +12,17 @@ from torch import Tensor
 
 from lora_kernels.backends import Precision, Scale
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
+from lora_kernels.backends.triton.direct import DirectKernel, direct_kernel
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.sync import zeros_for
 from lora_kernels.backends.triton.tiles import (
+    GradTiles,
     OnePassTiles,
     chip_of,
     grad_tiles,
     one_pass_tiles,
     rank_block,
+    row_parts,
     share_out,
 )
 from lora_kernels.dropout import Dropout
@@ -24,6 +30,43 @@ from lora_kernels.dropout import Dropout
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Looks at a flag take about a microsecond each: a sharing tile has long published by then, if it runs at all.
 SPIN_LIMIT = 300
+_MOST_PLANS = 4096
+
+
+@dataclass(frozen=True)
+class OnePassPlan:
+    """Everything about a launch of the one-pass kernel that its shapes and dtypes decide."""
+
+    tiles: OnePassTiles
+    row_tiles: int
+    programs: int
+    rank_block: int
+    rank_chunks: int
+    k_parts: int
+    shares: int
+
+    @property
+    def workspace_size(self) -> int:
+        return self.k_parts * self.rank_chunks * self.row_tiles * self.tiles.block_m * self.rank_block
+
+    @property
+    def counters(self) -> int:
+        return 1 + self.row_tiles * (1 + self.rank_chunks)
+
+
+def plan_one_pass(
+    M: int, K: int, N: int, R: int, precision: Precision, tiles: OnePassTiles, programs: int
+) -> OnePassPlan:
+    row_tiles, column_tiles = triton.cdiv(M, tiles.block_m), triton.cdiv(N, tiles.block_n)
+    block_r = rank_block(R, precision)
+    chunks = triton.cdiv(R, block_r)
+    programs = min(programs, row_tiles * column_tiles)
+    k_parts, shares = share_out(programs, row_tiles, column_tiles, triton.cdiv(K, tiles.block_k), chunks)
+    return OnePassPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares)
+
+
+_one_pass_plans: dict[tuple[object, ...], OnePassPlan] = {}
+_direct_kernels: dict[tuple[object, ...], DirectKernel | None] = {}
 
 
 def one_pass(
@@ -56,76 +99,81 @@ def one_pass(
     device, dtype = left.device, left.dtype
     out = torch.empty(M, N, dtype=dtype, device=device)
     s = torch.empty(M, R, dtype=torch.float32 if precision == "split" else dtype, device=device)
-    if out.numel() == 0:
+    if M == 0:
         return out, s
-    chip = chip_of(device)
     w_is_nk = weight.stride(0) == 1
     stored_w = weight.T if w_is_nk else weight
-    if tiles is None:
-        use_tma = chip.has_tma and all(map(fits_tma, (left, stored_w, out)))
-        tiles = one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
-    row_tiles, column_tiles = triton.cdiv(M, tiles.block_m), triton.cdiv(N, tiles.block_n)
-    block_r = rank_block(R, precision)
-    rank_chunks = triton.cdiv(R, block_r)
-    programs = programs or min(chip.multiprocessors, row_tiles * column_tiles)
-    k_parts, shares = share_out(programs, row_tiles, column_tiles, triton.cdiv(K, tiles.block_k), rank_chunks)
-    workspace = torch.empty(
-        k_parts * rank_chunks * row_tiles * tiles.block_m * block_r, dtype=torch.float32, device=device
-    )
-    sync = zeros_for(device, 1 + row_tiles * (1 + rank_chunks))
-    refs: tuple[object, ...] = (left, stored_w, out)
-    if tiles.use_tma:
-        w_block = (tiles.block_n, tiles.block_k) if w_is_nk else (tiles.block_k, tiles.block_n)
-        blocks = ((tiles.block_m, tiles.block_k), w_block, (tiles.block_m, tiles.block_n // 2))
-        refs = tuple(_descriptor(t, block) for t, block in zip((left, stored_w, out), blocks, strict=True))
-    scale_is_tensor = isinstance(scale, Tensor)
+    use_tma = fits_tma(left) and fits_tma(stored_w) and fits_tma(out)
+    key = (device, dtype, precision, M, K, N, R, use_tma, tiles, programs)
+    plan = _one_pass_plans.get(key)
+    if plan is None:
+        chip = chip_of(device)
+        chosen = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
+        plan = plan_one_pass(M, K, N, R, precision, chosen, programs or chip.multiprocessors)
+        _remember(_one_pass_plans, key, plan)
+    tiles = plan.tiles
+    workspace = torch.empty(plan.workspace_size, dtype=torch.float32, device=device)
+    is_tensor = isinstance(scale, Tensor)
+    seed = None if dropout is None else dropout.seed
     mask_out = dropout is not None and not mask_left
-    one_pass_kernel[(programs,)](
-        *refs,
+    arguments = (
+        left,
+        stored_w,
+        out,
         down,
         up,
         bias,
         s,
         workspace,
-        sync,
-        None if dropout is None else dropout.seed,
-        scale if scale_is_tensor else None,
-        1.0 if scale_is_tensor else float(scale),
+        zeros_for(device, plan.counters),
+        seed,
+        scale if is_tensor else None,
+        1.0 if is_tensor else float(scale),
         0 if dropout is None else dropout.threshold,
-        spin_limit if shares else 0,
+        spin_limit if plan.shares else 0,
         M,
         N,
         K,
         R,
-        k_parts,
-        shares,
+        plan.k_parts,
+        plan.shares,
         left.stride(0),
         stored_w.stride(0),
-        out.stride(0),
-        down.stride(0),
-        down.stride(1),
-        up.stride(0),
-        up.stride(1),
-        s.stride(0),
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=tiles.block_k,
-        BLOCK_R=block_r,
-        GROUP_M=tiles.group_m,
-        RANK_CHUNKS=rank_chunks,
-        W_IS_NK=w_is_nk,
-        MASK_X=dropout is not None and mask_left,
-        MASK_OUT=mask_out,
-        HAS_BIAS=bias is not None,
-        SPLIT=precision == "split",
-        PRECISION=dot_precision(dtype),
-        USE_TMA=tiles.use_tma,
-        DTYPE=_TYPES[dtype],
-        # With the mask in its epilogue, the flat loop's products would no longer overlap (ptxas C7515).
-        FLATTEN=tiles.use_tma and not mask_out,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        N,
+        *down.stride(),
+        *up.stride(),
+        R,
     )
+    options = {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "BLOCK_R": plan.rank_block,
+        "GROUP_M": tiles.group_m,
+        "RANK_CHUNKS": plan.rank_chunks,
+        "W_IS_NK": w_is_nk,
+        "MASK_X": dropout is not None and mask_left,
+        "MASK_OUT": mask_out,
+        "HAS_BIAS": bias is not None,
+        "SPLIT": precision == "split",
+        "PRECISION": dot_precision(dtype),
+        "USE_TMA": tiles.use_tma,
+        "DTYPE": _TYPES[dtype],
+        # With the mask in its epilogue, the flat loop's products would no longer overlap (ptxas C7515).
+        "FLATTEN": tiles.use_tma and not mask_out,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    blocks = None
+    if tiles.use_tma:
+        w_block = (tiles.block_n, tiles.block_k) if w_is_nk else (tiles.block_k, tiles.block_n)
+        blocks = ((tiles.block_m, tiles.block_k), w_block, (tiles.block_m, tiles.block_n // 2))
+    kind = (
+        "one_pass", device, dtype, precision, K, N, R, tiles, w_is_nk, mask_out, left.stride(0), stored_w.stride(0),
+        down.stride(), up.stride(), down.dtype, seed is None, is_tensor and scale.dtype, bias is not None and bias.dtype,
+        _alignment(left, stored_w, down, up, bias),
+    )  # fmt: skip
+    _launch(one_pass_kernel, kind, (plan.programs, 1, 1), arguments, options, blocks)
     return out, s
 
 
@@ -136,33 +184,29 @@ def adapter_grads(
     t: Tensor | None,
     dropout: Dropout | None,
     dtype: torch.dtype,
+    *,
+    tiles: GradTiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dA = T^T mask(x) [R, K] and dB = dy^T S [N, R], in `dtype`; None for what has no operands."""
     want_a, want_b = t is not None and x is not None, s is not None
     narrow = t if t is not None else s
     assert narrow is not None
     (M, N), R, device = dy.shape, narrow.shape[1], dy.device
-    K = x.shape[1] if x is not None else 0
+    K = 0 if x is None else x.shape[1]
     dA = torch.empty(R, K, dtype=dtype, device=device) if want_a else None
     dB = torch.empty(N, R, dtype=dtype, device=device) if want_b else None
     if M == 0:
         return None if dA is None else dA.zero_(), None if dB is None else dB.zero_()
     chip = chip_of(device)
-    tiles = grad_tiles(chip, dy.dtype.itemsize)
-    block_r = rank_block(R, "native")
+    tiles = tiles or grad_tiles(chip, dy.dtype.itemsize)
+    block_r = rank_block(R, "native" if narrow.dtype == dy.dtype else "split")
     chunks = triton.cdiv(R, block_r)
     blocks = (triton.cdiv(K, tiles.block_c) if want_a else 0) + (triton.cdiv(N, tiles.block_c) if want_b else 0)
-    if blocks == 0:
-        return dA, dB
-    # One wave of programs, of which two or three share a multiprocessor; at least two steps of rows for each.
-    row_steps = triton.cdiv(M, tiles.block_m)
-    parts = max(1, min(2 * chip.multiprocessors // (blocks * chunks), triton.cdiv(row_steps, 2), 32))
-    rows_per_part = triton.cdiv(row_steps, parts) * tiles.block_m
-    parts = triton.cdiv(M, rows_per_part)
-    workspace = torch.empty(
-        parts * blocks * chunks * tiles.block_c * block_r if parts > 1 else 1, dtype=torch.float32, device=device
-    )
-    adapter_grads_kernel[(blocks, parts, chunks)](
+    parts, rows_per_part = row_parts(chip, tiles, M, blocks * chunks)
+    workspace = torch.empty(parts * blocks * chunks * tiles.block_c * block_r, dtype=torch.float32, device=device)
+    seed = None if dropout is None or not want_a else dropout.seed
+    x_stride = 0 if x is None else x.stride(0)
+    arguments = (
         x if want_a else None,
         dy,
         t if want_a else None,
@@ -171,39 +215,103 @@ def adapter_grads(
         dB,
         workspace,
         zeros_for(device, blocks * chunks),
-        None if dropout is None else dropout.seed,
-        0 if dropout is None else dropout.threshold,
+        seed,
+        0 if seed is None or dropout is None else dropout.threshold,
         M,
         K,
         N,
         R,
-        0 if x is None else x.stride(0),
+        x_stride,
         dy.stride(0),
         rows_per_part,
         parts,
-        BLOCK_M=tiles.block_m,
-        BLOCK_C=tiles.block_c,
-        BLOCK_R=block_r,
-        WANT_A=want_a,
-        WANT_B=want_b,
-        MASKED=dropout is not None,
-        PRECISION=dot_precision(dy.dtype),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
     )
+    options = {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_C": tiles.block_c,
+        "BLOCK_R": block_r,
+        "WANT_A": want_a,
+        "WANT_B": want_b,
+        "MASKED": seed is not None,
+        "PRECISION": dot_precision(dy.dtype),
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    kind = (
+        "adapter_grads", device, dy.dtype, narrow.dtype, dtype, K, N, R, x_stride, dy.stride(0), want_a, want_b,
+        seed is None, tiles, _alignment(x, dy, t, s),
+    )  # fmt: skip
+    _launch(adapter_grads_kernel, kind, (blocks, parts, chunks), arguments, options, None)
     return dA, dB
+
+
+def _launch(
+    kernel: Any,
+    kind: tuple[object, ...],
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    blocks: tuple[tuple[int, int], ...] | None,
+) -> None:
+    """Through the driver where a launch of this kind has gone through Triton before, which compiles it.
+
+    Args:
+        kind: everything that Triton's specialization of the arguments depends on.
+        blocks: the tiles of the leading arguments that are to be TMA descriptors.
+    """
+    kind = (*kind, options["PRECISION"])
+    direct = _direct_kernels.get(kind)
+    if direct is not None and not _has_hooks():
+        direct(grid, torch._C._cuda_getCurrentRawStream(kind[1].index), arguments)  # type: ignore[attr-defined]
+        return
+    if blocks is not None:
+        described = (_descriptor(t, block) for t, block in zip(arguments, blocks, strict=False))
+        compiled = kernel[grid](*described, *arguments[len(blocks) :], **options)
+    else:
+        compiled = kernel[grid](*arguments, **options)
+    if kind not in _direct_kernels and arguments[1].is_cuda:
+        _remember(_direct_kernels, kind, direct_kernel(compiled))
+
+
+def _has_hooks() -> bool:
+    """Whether a profiler asked Triton to be told of launches."""
+    knobs = getattr(triton, "knobs", None)
+    hook = None if knobs is None else knobs.runtime.launch_enter_hook
+    # Newer releases keep a chain of hooks there, which is false while it is empty.
+    return bool(getattr(hook, "calls", hook))
+
+
+def _remember(memory: dict[tuple[object, ...], Any], key: tuple[object, ...], value: Any) -> None:
+    if len(memory) >= _MOST_PLANS:
+        memory.clear()
+    memory[key] = value
+
+
+def _alignment(*tensors: Tensor | None) -> int:
+    """Which of the tensors do not start on 16 bytes, as bits: Triton compiles other loads for them."""
+    bits = 0
+    for t in tensors:
+        bits = 2 * bits + (t is not None and t.data_ptr() % 16 != 0)
+    return bits
 
 
 def dot_precision(dtype: torch.dtype) -> str:
     """float32 products take the tensor cores' short mantissa only where the user allowed it to PyTorch as well."""
-    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32"
 
 
 def fits_tma(t: Tensor) -> bool:
     """Whether a TMA descriptor can describe a two-dimensional tensor: rows that start on 16 bytes."""
-    return t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0
+    stride = t.stride(0)
+    return (
+        t.dtype != torch.float32
+        and t.data_ptr() % 16 == 0
+        and stride * t.element_size() % 16 == 0
+        and stride >= t.shape[1]
+        and t.stride(1) == 1
+    )
 
 
 def _descriptor(t: Tensor, block: tuple[int, int]) -> object:

@@ -32,10 +32,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.pieces import beside, high_low, keep_tile, load_tile, split_dot, store_tile
+from lora_kernels.backends.triton.pieces import in_parts, keep_tile, load_tile, split_dot, store_tile, sum_of_parts
+from lora_kernels.backends.triton.tiles import MAX_PARTS as _MAX_PARTS
 
 # The most parts that a chunk of S is summed from.
-MAX_PARTS = tl.constexpr(8)
+MAX_PARTS = tl.constexpr(_MAX_PARTS)
 
 
 @triton.jit
@@ -50,9 +51,7 @@ def _add_down(x, down_ptr, stride_dk, stride_dr, k0, r0, K, R, s, row0, seed_ptr
     if MASK_X:
         x = tl.where(keep_tile(seed_ptr, row0, k0, threshold, BLOCK_M, BLOCK_K), x, 0.0)
     if SPLIT:
-        # s has a column for the high and one for the low half of each column of D.
-        high, low = high_low(down, x.dtype)
-        return tl.dot(x, beside(high, low), s)
+        return tl.dot(x, in_parts(down), s)
     else:
         return tl.dot(x, down.to(x.dtype), s, input_precision=PRECISION)
 
@@ -70,7 +69,7 @@ def _compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, row0, r0, f
                    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, MASK_X: tl.constexpr,
                    SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
     """One share of S on its own, for whoever cannot have it from a main loop."""
-    s = tl.zeros((BLOCK_M, 2 * BLOCK_R if SPLIT else BLOCK_R), tl.float32)
+    s = tl.zeros((BLOCK_M, 4 * BLOCK_R if SPLIT else BLOCK_R), tl.float32)
     for ki in tl.range(first, last, num_stages=1):
         x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
         s = _add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, r0, K, R, s, row0, seed_ptr, threshold,
@@ -80,10 +79,8 @@ def _compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, row0, r0, f
 
 @triton.jit
 def _fold(s, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):
-    """The sum of what the high and the low half of D gave."""
     if SPLIT:
-        high, low = tl.split(tl.reshape(s, (BLOCK_M, BLOCK_R, 2)))
-        return high + low
+        return sum_of_parts(s, BLOCK_M, BLOCK_R)
     else:
         return s
 
@@ -168,7 +165,7 @@ def _add_up(acc, s, up_ptr, stride_ur, stride_un, r0, n0, R, N, dtype: tl.conste
     mask = (offs_n < N)[:, None] & (offs_r < R)[None, :]
     up_t = tl.load(up_ptr + offs_n[:, None].to(tl.int64) * stride_un + offs_r[None, :] * stride_ur, mask, other=0.0)
     if SPLIT:
-        return split_dot(s, up_t, acc, dtype)
+        return split_dot(s, up_t, acc)
     else:
         return tl.dot(s.to(dtype), tl.trans(up_t).to(dtype), acc, input_precision=PRECISION)
 
@@ -301,7 +298,7 @@ def one_pass_kernel(
         chunk, part = pid_n % RANK_CHUNKS, pid_n // RANK_CHUNKS
         first, last = _part_bounds(part, k_parts, k_tiles)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        share = tl.zeros((BLOCK_M, 2 * BLOCK_R if SPLIT else BLOCK_R), tl.float32)
+        share = tl.zeros((BLOCK_M, 4 * BLOCK_R if SPLIT else BLOCK_R), tl.float32)
         for ki in tl.range(first, last):
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
             w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)

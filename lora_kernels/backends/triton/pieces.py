@@ -27,27 +27,43 @@ def keep_tile(seed_ptr, row0, column0, threshold, BLOCK_M: tl.constexpr, BLOCK_C
 
 
 @triton.jit
-def high_low(wide, dtype: tl.constexpr):
-    """A float32 tile as the sum of two tiles of 16 bits, which keeps 16 (bfloat16) to 22 (float16) bits of it."""
-    high = wide.to(dtype)
-    return high, (wide - high.to(tl.float32)).to(dtype)
-
-
-@triton.jit
-def beside(high, low):
+def beside(left, right):
     """[X, Y] and [X, Y] to [X, 2 Y], their columns interleaved."""
-    return tl.reshape(tl.join(high, low), (high.shape[0], 2 * high.shape[1]))
+    return tl.reshape(tl.join(left, right), (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit
-def split_dot(left, right_t, acc, dtype: tl.constexpr):
-    """acc + left @ right_t^T of float32 tiles through 16-bit tensor cores.
+def in_parts(wide):
+    """A float32 tile [X, Y] as bfloat16 [X, 4 Y]: each column as three whose sum has its 24 bits, and a zero.
+
+    A product with it, folded by sum_of_parts, has float32 accuracy at the speed of the tensor cores.
+    """
+    high = wide.to(tl.bfloat16)
+    rest = wide - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    return beside(beside(high, low), beside(middle, tl.zeros_like(low)))
+
+
+@triton.jit
+def sum_of_parts(parts, X: tl.constexpr, Y: tl.constexpr):
+    """[X, 4 Y] to [X, Y]: adds what in_parts had set apart."""
+    first, second = tl.split(tl.reshape(parts, (X, 2 * Y, 2)))
+    high, low = tl.split(tl.reshape(first + second, (X, Y, 2)))
+    return high + low
+
+
+@triton.jit
+def split_dot(left, right_t, acc):
+    """acc + left @ right_t^T of float32 tiles as bfloat16 halves: 16 bits, where the sum is rounded to 8.
 
     One product over four times the columns, (high + low) of left times (high + low) of right: several products in
     a row on one accumulator would be kept from overlapping.
     """
-    left_high, left_low = high_low(left, dtype)
-    right_high, right_low = high_low(right_t, dtype)
+    left_high = left.to(tl.bfloat16)
+    left_low = (left - left_high.to(tl.float32)).to(tl.bfloat16)
+    right_high = right_t.to(tl.bfloat16)
+    right_low = (right_t - right_high.to(tl.float32)).to(tl.bfloat16)
     both = beside(left_high, left_low)
     return tl.dot(beside(both, both), tl.trans(beside(beside(right_high, right_high), beside(right_low, right_low))), acc)
 

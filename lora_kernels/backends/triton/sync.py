@@ -1,4 +1,4 @@
-"""The zeros that kernels count in, and put back: one buffer for each stream and each captured graph."""
+"""The zeros that kernels count in, and put back: a piece of memory for each stream and each captured graph."""
 
 from __future__ import annotations
 
@@ -8,56 +8,87 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_MINIMUM = 1 << 14
+_SLAB = 1 << 20
+_PIECE = 1 << 12
 
-_buffers: dict[tuple[object, ...], Tensor] = {}
-_captured: dict[tuple[object, ...], Tensor] = {}
+# By device, stream and capture (0 outside of one).
+_pieces: dict[tuple[int, int, int], Tensor] = {}
+_slabs: dict[int, Tensor] = {}
 
 
 def zeros_for(device: torch.device, count: int) -> Tensor:
     """At least `count` int32 zeros that no launch on another stream uses at the same time.
 
-    Kernels leave them zero, so launches of one stream share a buffer and none of them needs a memset. A captured
-    graph may be replayed on any stream: each capture gets its own, zeroed at the start of each replay.
+    Kernels leave them zero, so launches of one stream share them and none needs a memset. A captured graph may be
+    replayed on any stream, beside any other: each capture takes a piece that no one else ever gets. Where there is
+    none to take (a capture before the first eager call, or the 256th), the zeros are made inside the graph, by a
+    memset at every launch.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    if torch.cuda.is_current_stream_capturing():
-        return _zeros_for_capture(device, stream, count)
-    key = (device.index, stream)
-    buffer = _buffers.get(key)
-    if buffer is None or buffer.numel() < count:
-        buffer = torch.zeros(max(_MINIMUM, 2 * count), dtype=torch.int32, device=device)
-        _buffers[key] = buffer
-    return buffer
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = (device.index, stream, _capture_id(stream) if capturing else 0)
+    piece = _pieces.get(key)
+    if piece is None or piece.numel() < count:
+        piece = _cut(device, count, capturing)
+        if capturing and (piece is None or key[2] == 0):
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        assert piece is not None
+        _pieces[key] = piece
+    return piece
 
 
-def _zeros_for_capture(device: torch.device, stream: int, count: int) -> Tensor:
-    capture = _capture_id(stream)
-    if capture is None:
+def _cut(device: torch.device, count: int, capturing: bool) -> Tensor | None:
+    """A piece off the device's slab; None if a new slab is needed while a capture forbids it."""
+    size = -(-count // _PIECE) * _PIECE
+    slab = _slabs.get(device.index)
+    if slab is None or slab.numel() < size:
+        if capturing:
+            return None
+        slab = _new_slab(device, max(_SLAB, size))
+    piece, _slabs[device.index] = slab[:size], slab[size:]
+    return piece
+
+
+class _DeviceMemory:
+    """Zeroed int32 memory for the life of the process, in no memory pool of PyTorch's."""
+
+    def __init__(self, count: int) -> None:
+        driver, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint64()
+        errors = (
+            driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(4 * count)),
+            driver.cuMemsetD32_v2(address, ctypes.c_uint(0), ctypes.c_size_t(count)),
+            driver.cuCtxSynchronize(),
+        )
+        if any(errors):
+            raise RuntimeError(f"the CUDA driver refused {4 * count} bytes of device memory with errors {errors}")
+        self.__cuda_array_interface__ = {
+            "shape": (count,),
+            "typestr": "<i4",
+            "data": (address.value, False),
+            "version": 2,
+        }
+
+
+def _new_slab(device: torch.device, count: int) -> Tensor:
+    if torch.version.cuda is None:
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (capture, device.index, stream)
-    buffer = _captured.get(key)
-    if buffer is None or buffer.numel() < count:
-        # The graph's own memory pool keeps what earlier captures used alive for their replays.
-        for other in [k for k in _captured if k[0] != capture]:
-            del _captured[other]
-        buffer = torch.zeros(max(_MINIMUM, 2 * count), dtype=torch.int32, device=device)
-        _captured[key] = buffer
-    return buffer
+    # The first call may be one that a compiled model makes inside a graph's private pool, where whatever stays
+    # alive is an error.
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()
+        return torch.as_tensor(_DeviceMemory(count), device=device)
 
 
-def _capture_id(stream: int) -> int | None:
-    """The driver's number of the capture that a stream is in; None where the driver cannot be asked."""
+def _capture_id(stream: int) -> int:
+    """The driver's number of the capture that a stream is in; 0 where the driver cannot be asked."""
     query = _capture_query()
     if query is None:
-        return None
+        return 0
     status, capture = ctypes.c_int(0), ctypes.c_uint64(0)
-    error = query(
-        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(capture), None, None, None
-    )
-    return capture.value if error == 0 else None
+    error = query(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(capture), None, None, None)
+    return 0 if error else capture.value
 
 
 @cache

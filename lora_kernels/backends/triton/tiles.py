@@ -84,8 +84,10 @@ def candidates(chip: Chip, itemsize: int, use_tma: bool) -> tuple[OnePassTiles, 
         return _INTERPRETED
     if itemsize == 4:
         return _POINTERS_FP32
-    table = _HOPPER if use_tma and chip.has_tma else _POINTERS
-    return tuple(t for t in table if t.shared_memory(itemsize) <= chip.shared_memory)
+    tables = (_HOPPER, _POINTERS) if use_tma and chip.has_tma else (_POINTERS,)
+    fitting = ([t for t in table if t.shared_memory(itemsize) <= chip.shared_memory] for table in tables)
+    # Some chips have TMA, but too little shared memory for the tiles that profit from it.
+    return tuple(next(filter(None, fitting)))
 
 
 def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
@@ -125,3 +127,11 @@ def share_out(
     parts = programs // (row_tiles * rank_chunks)
     parts = max(1, min(parts, MAX_PARTS, column_tiles // rank_chunks, k_tiles))
     return parts, parts * rank_chunks
+
+
+def row_parts(chip: Chip, tiles: GradTiles, M: int, blocks: int) -> tuple[int, int]:
+    """(parts of M, rows of each) of the adapter gradients: programs for two waves, each with two steps or more."""
+    steps = -(-M // tiles.block_m)
+    parts = max(1, min(4 * chip.multiprocessors // blocks, -(-steps // 2), 32))
+    rows = -(-steps // parts) * tiles.block_m
+    return -(-M // rows), rows

@@ -1,0 +1,197 @@
+"""Compiles every kernel in every shipped configuration for chips that need not be there; prints a line of JSON each.
+
+Run by test_targets.py in a process of its own, because Triton's interpreter must be off here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
+from lora_kernels.backends.triton.one_pass import one_pass_kernel
+from lora_kernels.backends.triton.tiles import Chip, GradTiles, OnePassTiles, candidates, grad_tiles, rank_block
+
+# Compute capability -> bytes of shared memory that a block can have.
+CHIPS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel, as the launcher would ask for it."""
+
+    capability: int
+    kernel: str
+    tiles: OnePassTiles | GradTiles
+    forward: bool = True
+    masked: bool = False
+    split: bool = False
+    rank: int = 16
+
+    def __str__(self) -> str:
+        tiles = "x".join(str(v) for k, v in asdict(self.tiles).items() if k.startswith("block"))
+        flags = [k for k in ("forward", "masked", "split") if getattr(self, k)]
+        return " ".join([f"sm_{self.capability}", self.kernel, tiles, f"r{self.rank}", *flags])
+
+
+def builds() -> Iterator[Build]:
+    for capability, shared in CHIPS.items():
+        chip = Chip((capability // 10, capability % 10), 132, shared, capability >= 90)
+        tables = {t for use_tma in (True, False) for t in candidates(chip, 2, use_tma)}
+        for tiles in sorted(tables, key=str):
+            for forward in (True, False):
+                plain = Build(capability, "one_pass", tiles, forward)
+                yield plain
+                yield replace(plain, masked=True, rank=64)
+                yield replace(plain, split=True)
+        for split in (False, True):
+            yield Build(capability, "adapter_grads", grad_tiles(chip, 2), masked=split, split=split, rank=64)
+
+
+def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
+    kernel = one_pass_kernel if build.kernel == "one_pass" else adapter_grads_kernel
+    constants, types = (_one_pass if build.kernel == "one_pass" else _adapter_grads)(build)
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = [n for n in names if signature[n].startswith("*") or n.startswith("stride") or n in ("N", "K")]
+    attributes = {
+        (names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"
+    }
+    keyed = {(names.index(n),): value for n, value in constants.items()}
+    options = {"num_warps": build.tiles.num_warps, "num_stages": build.tiles.num_stages}
+    return ASTSource(kernel, signature, keyed, attributes), options
+
+
+def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, OnePassTiles)
+    m, n, k = tiles.block_m, tiles.block_n, tiles.block_k
+    mask_out = build.masked and not build.forward
+    block_r = rank_block(build.rank, "split" if build.split else "native")
+    constants: dict[str, Any] = {
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "BLOCK_R": block_r,
+        "GROUP_M": tiles.group_m,
+        "RANK_CHUNKS": -(-build.rank // block_r),
+        "W_IS_NK": build.forward,
+        "MASK_X": build.masked and build.forward,
+        "MASK_OUT": mask_out,
+        "HAS_BIAS": build.masked,
+        "SPLIT": build.split,
+        "PRECISION": "tf32",
+        "USE_TMA": tiles.use_tma,
+        "DTYPE": tl.bfloat16,
+        "FLATTEN": tiles.use_tma and not mask_out,
+        "scale_ptr": None,
+        "stride_dk" if build.forward else "stride_dr": 1,
+        "stride_ur" if build.forward else "stride_un": 1,
+    }
+    if not build.masked:
+        constants |= {"seed_ptr": None, "bias_ptr": None}
+    adapter = "*fp32" if build.split else "*bf16"
+    types = {
+        "down_ptr": adapter,
+        "up_ptr": adapter,
+        "s_ptr": adapter,
+        "bias_ptr": "*bf16",
+        "workspace_ptr": "*fp32",
+        "sync_ptr": "*i32",
+        "seed_ptr": "*i64",
+        "scale": "fp32",
+    }
+    w = f"{n}, {k}" if build.forward else f"{k}, {n}"
+    for name, block in (("x_ref", f"{m}, {k}"), ("w_ref", w), ("out_ref", f"{m}, {n // 2}")):
+        types[name] = f"tensordesc<bf16[{block}]>" if tiles.use_tma else "*bf16"
+    return constants, types
+
+
+def _adapter_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, GradTiles)
+    block_r = rank_block(build.rank, "split" if build.split else "native")
+    constants: dict[str, Any] = {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_C": tiles.block_c,
+        "BLOCK_R": block_r,
+        "WANT_A": True,
+        "WANT_B": True,
+        "MASKED": build.masked,
+        "PRECISION": "tf32",
+    }
+    if not build.masked:
+        constants["seed_ptr"] = None
+    narrow = "*fp32" if build.split else "*bf16"
+    types = {name: "*bf16" for name in ("x_ptr", "dy_ptr")}
+    types |= {name: narrow for name in ("t_ptr", "s_ptr", "dA_ptr", "dB_ptr")}
+    return constants, types | {"workspace_ptr": "*fp32", "sync_ptr": "*i32", "seed_ptr": "*i64"}
+
+
+def compile_one(build: Build) -> dict[str, Any]:
+    src, options = source(build)
+    target = GPUTarget("cuda", build.capability, 32)
+    compiled = triton.compile(src, target=target, options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _output("cuobjdump", "--dump-resource-usage", cubin)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found is not None, usage
+        serialized = ""
+        if build.capability == 90:
+            # Products that ptxas cannot overlap cost a third of the speed; it says so, and nothing else does.
+            ptx.write_text(compiled.asm["ptx"])
+            notes = _output("ptxas", "-arch=sm_90a", "-v", ptx, "-o", Path(folder, "out"))
+            serialized = "; ".join(re.findall(r"\(C75\d\d\)[^\n]*", notes))
+    return {
+        "build": str(build),
+        "shared": compiled.metadata.shared,
+        "limit": CHIPS[build.capability],
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "serialized": serialized,
+        "pipelined": compiled.metadata.shared >= _stages(build),
+    }
+
+
+def _stages(build: Build) -> int:
+    """The shared memory that a main loop with all its stages in flight takes at least."""
+    tiles = build.tiles
+    if isinstance(tiles, GradTiles):
+        return tiles.num_stages * tiles.block_m * tiles.block_c * 2
+    # Before Hopper the products read registers, and one stage is in them.
+    stages = tiles.num_stages - (0 if tiles.use_tma else 1)
+    return stages * (tiles.block_m + tiles.block_n) * tiles.block_k * 2
+
+
+def _output(tool: str, *arguments: object) -> str:
+    done = subprocess.run([str(BIN / tool), *map(str, arguments)], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def main() -> None:
+    only = int(sys.argv[1])
+    chosen = [b for b in builds() if b.capability == only]
+    with ProcessPoolExecutor(2) as pool:
+        for result in itertools.chain(pool.map(compile_one, chosen)):
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

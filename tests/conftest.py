@@ -1,0 +1,46 @@
+"""What every test shares: the device, the backends, and poisoned allocations.
+
+Without a GPU, Triton's kernels run in its interpreter, which must be switched on before Triton is imported. The
+interpreter computes tl.dot of bfloat16 as integers, so it gets float16 and float32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element that no tile wrote is seen."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # PyTorch fills fresh memory with NaN only in deterministic mode; warn_only lets everything else run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+    torch.utils.deterministic.fill_uninitialized_memory = filled

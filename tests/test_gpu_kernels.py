@@ -1,0 +1,217 @@
+"""What only a GPU can show: progress under contention, graphs, streams, launches, compilation, memory."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from cases import Case
+from conftest import HAS_GPU
+
+from lora_kernels import LoRALinear, lora_linear
+
+pytestmark = pytest.mark.gpu
+
+if HAS_GPU:
+    import triton
+    import triton.language as tl
+
+    from lora_kernels.backends.triton import launch, sync
+    from lora_kernels.backends.triton.one_pass import one_pass_kernel
+    from lora_kernels.backends.triton.tiles import chip_of, one_pass_tiles
+
+    @triton.jit
+    def hold_multiprocessors(flag_ptr, limit):
+        """Keeps its multiprocessor busy until the flag is raised, or for `limit` looks at it."""
+        looks = 0
+        while (tl.load(flag_ptr, volatile=True) == 0) & (looks < limit):
+            looks += 1
+
+
+CASE = Case(4096, 1024, 2048, 16, torch.bfloat16)
+
+
+def forward(case: Case, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    t = case.tensors(torch.device("cuda", 0))
+    return launch.one_pass(
+        t.x, t.weight.T, t.lora_A.T, t.lora_B.T, t.bias, 2.0, None, True, "native", **options
+    )
+
+
+@pytest.mark.parametrize("case", [CASE, Case(1000, 512, 768, 256, torch.bfloat16, bias=True)], ids=str)
+def test_a_tile_that_cannot_wait_computes_the_same_bits(case: Case) -> None:
+    expected = forward(case)
+    for programs in (1, 7, None):
+        got = forward(case, spin_limit=0, programs=programs)
+        reference = expected if programs is None else forward(case, programs=programs)
+        for value, want in zip(got, reference, strict=True):
+            assert torch.equal(value, want)
+
+
+@pytest.mark.parametrize("held", [32, 110, 128])
+def test_finishes_while_another_kernel_holds_multiprocessors(held: int) -> None:
+    expected = forward(CASE)
+    flag = torch.zeros(1, dtype=torch.int32, device="cuda")
+    holder, main = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(holder):
+        # 1024 threads beside a kernel that takes every register of a multiprocessor: they cannot share one.
+        hold_multiprocessors[(held,)](flag, 1 << 24, num_warps=32)
+    with torch.cuda.stream(main):
+        got = forward(CASE)
+        done = torch.cuda.Event()
+        done.record()
+    end = time.monotonic() + 10
+    while not done.query() and time.monotonic() < end:
+        time.sleep(0.001)
+    finished, still_held = done.query(), not holder.query()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        flag.fill_(1)
+    torch.cuda.synchronize()
+    assert still_held, "the holder ended too early to show anything"
+    assert finished, "the kernel waited for multiprocessors that another kernel held"
+    for value, want in zip(got, expected, strict=True):
+        assert torch.equal(value, want)
+
+
+def test_the_counters_are_zero_after_every_launch() -> None:
+    for case in (CASE, Case(300, 768, 1000, 512, torch.bfloat16), Case(17, 33, 40, 3, torch.float16)):
+        t = case.tensors(torch.device("cuda", 0))
+        lora_linear(
+            t.x.requires_grad_(), t.weight, t.lora_A.requires_grad_(), t.lora_B.requires_grad_(), backend="triton"
+        ).backward(t.dy)
+    torch.cuda.synchronize()
+    assert all(int(piece.abs().sum()) == 0 for piece in sync._pieces.values())
+
+
+def layer(dropout: float = 0.0, size: int = 512) -> LoRALinear:
+    torch.manual_seed(1)
+    module = LoRALinear(size, size, 16, 32, dropout=dropout, device="cuda", dtype=torch.bfloat16)
+    torch.nn.init.normal_(module.lora_B, std=0.1)
+    return module
+
+
+def step(module: LoRALinear, x: torch.Tensor) -> list[torch.Tensor]:
+    y = module(x)
+    return [y, *torch.autograd.grad(y.float().square().sum(), [x, module.lora_A, module.lora_B])]
+
+
+def captured(module: LoRALinear, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(module, x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(module, x)
+    return graph, results
+
+
+def test_a_captured_graph_replays() -> None:
+    module, x = layer(), torch.randn(384, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    graph, results = captured(module, x)
+    for seed in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        for got, want in zip(results, step(module, x), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_each_replay_draws_a_new_mask() -> None:
+    module, x = layer(dropout=0.5), torch.randn(384, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    graph, results = captured(module, x)
+    outputs = []
+    for _ in range(3):
+        graph.replay()
+        outputs.append(results[0].clone())
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_graphs_and_eager_calls_run_side_by_side() -> None:
+    """Two graphs that were captured alike, replayed on two streams beside eager calls on a third."""
+    modules, inputs = [], []
+    for seed in range(3):
+        modules.append(layer())
+        inputs.append(
+            torch.randn(
+                2048, 512, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(seed)
+            ).requires_grad_()
+        )
+    expected = [step(module, x) for module, x in zip(modules, inputs, strict=True)]
+    graphs = [captured(module, x) for module, x in zip(modules[:2], inputs[:2], strict=True)]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for (graph, _results), stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager = step(modules[2], inputs[2])
+    torch.cuda.synchronize()
+    for got, want in zip([graphs[0][1], graphs[1][1], eager], expected, strict=True):
+        for value, reference in zip(got, want, strict=True):
+            assert torch.equal(value, reference)
+
+
+def compiled_variants() -> int:
+    return len(one_pass_kernel.device_caches[torch.cuda.current_device()][0])
+
+
+def test_a_new_batch_size_compiles_nothing() -> None:
+    tiles = one_pass_tiles(chip_of(torch.device("cuda", 0)), 2, True, 4096, 512)
+    module, x = layer(), torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16)
+
+    def call(rows: int) -> None:
+        left = x[:rows]
+        launch.one_pass(left, module.weight.T, module.lora_A.T, module.lora_B.T, None, 2.0, None, True, "native",
+                        tiles=tiles)  # fmt: skip
+
+    call(4096)
+    before = compiled_variants()
+    for rows in (1, 2, 15, 16, 17, 128, 333, 1000, 2048, 4095):
+        call(rows)
+    assert compiled_variants() == before
+
+
+def test_direct_launches_give_the_bits_of_tritons_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(500, 512, 768, 16, torch.bfloat16, dropout=0.1, bias=True)
+    forward(case)
+    assert any(k is not None for k in launch._direct_kernels.values()), "no kernel can be launched directly here"
+    direct = forward(case)
+    monkeypatch.setattr(launch, "_has_hooks", lambda: True)
+    for value, want in zip(direct, forward(case), strict=True):
+        assert torch.equal(value, want)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_torch_compile(mode: str | None) -> None:
+    module, x = layer(), torch.randn(256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    expected = step(module, x)
+    compiled = torch.compile(module, fullgraph=True, mode=mode)
+    for _ in range(4):
+        y = compiled(x)
+        got = [y.clone(), *torch.autograd.grad(y.float().square().sum(), [x, module.lora_A, module.lora_B])]
+        for value, want in zip(got, expected, strict=True):
+            torch.testing.assert_close(value, want, rtol=2e-2, atol=2e-2)
+
+
+def test_a_step_keeps_what_it_must_and_no_more() -> None:
+    M, K, N, rank = 4096, 2048, 2048, 16
+    module = LoRALinear(K, N, rank, device="cuda", dtype=torch.bfloat16, bias=False)
+    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
+    torch.autograd.grad(module(x), [x, module.lora_A, module.lora_B], dy)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(module(x), [x, module.lora_A, module.lora_B], dy)
+    torch.cuda.synchronize()
+    used = torch.cuda.max_memory_allocated() - before
+    outputs = 2 * M * N + 2 * M * K
+    small = 2 * 2 * M * rank + 2 * rank * (K + N)
+    partial_sums = 16 << 20
+    assert used <= outputs + small + partial_sums, f"{used / 2**20:.1f} MiB"

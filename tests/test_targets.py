@@ -1,0 +1,34 @@
+"""Every kernel in every shipped configuration compiles for every chip, and fits it, without that chip."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+# Bytes of a thread's stack: what the epilogue with the most in it needs, far from where a main loop would spill.
+MOST_STACK = 640
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
+def test_every_configuration_fits(capability: int) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("compile_targets.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) >= 8
+    for result in results:
+        name = result["build"]
+        assert result["shared"] <= result["limit"], f"{name} takes {result['shared']} bytes of shared memory"
+        assert result["stack"] <= MOST_STACK, f"{name} spills: a stack of {result['stack']} bytes"
+        assert not result["serialized"], f"{name}: {result['serialized']}"
+        assert result["pipelined"], f"{name}: its main loop is not pipelined, shared memory is {result['shared']}"
