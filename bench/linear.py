@@ -122,7 +122,8 @@ def check(forward: Forward, case: Case) -> None:
     y64 = lora_linear_reference(exact[0], exact[3], exact[1], exact[2], scaling=case.scaling)
     want = [y64, *torch.autograd.grad(y64, exact[:3], small.dy.double())]
     y = forward(small)
-    for name, got, ref in zip(("y", "dx", "dA", "dB"), [y, *torch.autograd.grad(y, small.leaves, small.dy)], want):
+    values = [y, *torch.autograd.grad(y, small.leaves, small.dy)]
+    for name, got, ref in zip(("y", "dx", "dA", "dB"), values, want, strict=True):
         error = float(((got.double() - ref).norm() / ref.norm()).detach())
         if not error < 5e-3:
             raise SystemExit(f"wrong answer: {name} is off by {error:.1e}; it gets no time")
@@ -175,8 +176,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="measure the peak memory of a step")
     options = parser.parse_args()
     launches = "graph replay" if options.graph else "eager launches"
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, rank {options.rank}, adapters {options.adapters}, "
-          f"dropout {options.dropout}, {options.regime}, {launches}")  # fmt: skip
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: forward / step as ratios to frozen")
+    print(f"rank {options.rank}, adapters {options.adapters}, dropout {options.dropout}, {options.regime}, {launches}")
     for shape in options.shapes:
         case = Case.make(shape, options.rank, options.dropout, getattr(torch, options.adapters))
         if options.cpu:

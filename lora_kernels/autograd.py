@@ -1,14 +1,15 @@
 """The one place where gradients are composed and where what is saved is decided.
 
-    needs gradient    computes          keeps from the forward
-    x                 T, dx             weight, lora_A, lora_B, the dropout seed
-    lora_A            T, dA             x, lora_B, the dropout seed
-    lora_B            dB                S
-    bias              sum of dy         nothing
+needs gradient    computes          keeps from the forward
+x                 T, dx             weight, lora_A, lora_B, the dropout seed, a scaling that is a tensor
+lora_A            T, dA             x, lora_B, the dropout seed, a scaling that is a tensor
+lora_B            dB                S
+bias              sum of dy         nothing
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class Saved(NamedTuple):
     lora_B: Tensor | None
     s: Tensor | None
     seed: Tensor | None
+    scale: Tensor | None
 
     @staticmethod
     def select(
@@ -46,7 +48,8 @@ class Saved(NamedTuple):
         lora_A: Tensor,
         lora_B: Tensor,
         s: Tensor | None,
-        dropout: Dropout | None,
+        seed: Tensor | None,
+        scale: Tensor | None,
     ) -> Saved:
         needs_t = needs.x or needs.lora_A
         return Saved(
@@ -55,8 +58,26 @@ class Saved(NamedTuple):
             lora_A=lora_A if needs.x else None,
             lora_B=lora_B if needs_t else None,
             s=s if needs.lora_B else None,
-            seed=dropout.seed if dropout is not None and needs_t else None,
+            seed=seed if needs_t else None,
+            scale=scale if needs_t else None,
         )
+
+
+def forward(
+    backend: Backend,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+    want_s: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y, and S where it is wanted. x is [M, K] in the base's dtype with contiguous rows."""
+    with outside_autocast(x.device.type):
+        return backend.forward(x, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s)
 
 
 def backward(
@@ -64,24 +85,34 @@ def backward(
     needs: Needs,
     saved: Saved,
     dy: Tensor,
-    scale: Scale,
+    scale: float,
     dropout_p: float,
     precision: Precision,
     adapter_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dA, dB and db, each None where it is not needed. dy is [M, N] in the base's dtype."""
+    """dx, dA, dB and db, each None where it is not needed. dy is [M, N], in y's dtype: autograd casts it."""
     dropout = None if saved.seed is None else Dropout(dropout_p, saved.seed)
-    dx = t = None
-    if saved.lora_B is not None:
-        dx, t = backend.backward_input(
-            dy, saved.weight, saved.lora_A, saved.lora_B, scale, dropout, precision, needs.x
-        )
-    dA = dB = None
-    if needs.lora_A or needs.lora_B:
-        dA, dB = backend.backward_adapters(
-            saved.x, dy, saved.s, t if needs.lora_A else None, dropout, adapter_dtype
-        )
-    return dx, dA, dB, dy.sum(0) if needs.bias else None
+    dx = t = dA = dB = None
+    with outside_autocast(dy.device.type):
+        dy = as_rows(dy)
+        if saved.lora_B is not None:
+            dx, t = backend.backward_input(
+                dy,
+                saved.weight,
+                saved.lora_A,
+                saved.lora_B,
+                scale if saved.scale is None else saved.scale,
+                dropout,
+                precision,
+                needs.x,
+            )
+        if needs.lora_A or needs.lora_B:
+            dA, dB = backend.backward_adapters(
+                saved.x, dy, saved.s, t if needs.lora_A else None, dropout, adapter_dtype
+            )
+        db = dy.sum(0, dtype=bias_dtype) if needs.bias else None
+    return dx, dA, dB, db
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -102,19 +133,14 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         wanted = ctx.needs_input_grad
         needs = Needs(wanted[0], wanted[2], wanted[3], wanted[4])
-        y, s = backend.forward(x, weight, lora_A, lora_B, bias, scale, dropout, precision, needs.lora_B)
-        ctx.save_for_backward(*Saved.select(needs, x, weight, lora_A, lora_B, s, dropout))
+        y, s = forward(backend, x, weight, lora_A, lora_B, bias, scale, dropout, precision, needs.lora_B)
+        # A tensor on ctx itself would escape autograd's check that nobody changed it in place.
+        number, scale_tensor = split_scale(scale)
+        p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
+        ctx.save_for_backward(*Saved.select(needs, x, weight, lora_A, lora_B, s, seed, scale_tensor))
         ctx.set_materialize_grads(False)
-        ctx.needs = needs
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.constants = (
-            scale,
-            0.0 if dropout is None else dropout.p,
-            precision,
-            lora_A.dtype,
-        )
-        ctx.dtype = x.dtype
-        ctx.backend = backend
+        ctx.backend, ctx.needs = backend, needs
+        ctx.constants = (number, p, precision, lora_A.dtype, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
@@ -122,16 +148,25 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 9
-        dy = as_rows(dy, ctx.dtype)
         dx, dA, dB, db = backward(ctx.backend, ctx.needs, Saved(*ctx.saved_tensors), dy, *ctx.constants)
-        return dx, None, dA, dB, db if db is None else db.to(ctx.bias_dtype), None, None, None, None
+        return dx, None, dA, dB, db, None, None, None, None
 
 
-def as_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """`t` in `dtype` with contiguous rows: what every backend takes as x or dy."""
-    if t.dtype != dtype:
-        t = t.to(dtype)
+def split_scale(scale: Scale) -> tuple[float, Tensor | None]:
+    """The scale as a number and a tensor; the number is 1 where it is a tensor."""
+    return (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """`t` with contiguous rows: what every backend takes as x or dy."""
     columns = t.shape[1]
-    if t.stride(1) != 1 and columns > 1 or t.stride(0) < columns and t.shape[0] > 1:
+    if (t.stride(1) != 1 and columns > 1) or (t.stride(0) < columns and t.shape[0] > 1):
         t = t.contiguous()
     return t
+
+
+def outside_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No autocast: dtypes are settled by now. A backward may be in a region that its forward was not in."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -2,14 +2,15 @@
 
 This file is the specification. Every backend that draws the mask inside a kernel draws these bits.
 
-The mask of element (m, k) comes from Philox4x32 with seven rounds, the fewest that pass BigCrush (Salmon, Moraes,
-Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2). One call gives eight 16-bit lanes:
+The mask of element (m, k) comes from Philox4x32 with seven rounds, the fewest that pass BigCrush (Salmon,
+Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2). One call gives eight
+16-bit lanes:
 
     key = seed, counter = (k // 8, m, 0, 0);  lane k % 8 is half (k % 2) of word (k % 8) // 2, low half first
     keep(m, k) = lane >= round(p * 65536)
 
-so the probability in force is a multiple of 2^-16, and what stays is scaled by 1 / (1 - p) with that p: the mean of
-D(x) is x exactly.
+so the probability in force is a multiple of 2^-16, and what stays is scaled by 1 / (1 - p) with that p: the
+mean of D(x) is exactly x.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _CPU_BLOCK = 1 << 17
 
 @dataclass
 class Dropout:
-    """One draw of a dropout mask: the probability `p` of a zero, and the int64 `seed` (a tensor on the device).
+    """One draw of a dropout mask: `p`, the probability of a zero, and `seed`, an int64 tensor on the device.
 
     The mask itself lives as long as the object does, which is one forward or one backward.
     """
@@ -97,15 +98,15 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32 of the counters (c0, c1, 0, 0) in int64: the low 32 bits of each number [rows, groups] are the word.
+    """Philox4x32 of the counters (c0, c1, 0, 0) in int64 [rows, groups]; the low 32 bits are the word.
 
-    c0 is [1, groups] and c1 [rows, 1]. They meet in the second round, so the first ones are computed on vectors.
+    c0 is [1, groups] and c1 [rows, 1]: they meet in the second round, and what comes before is cheap.
     """
     c2 = c3 = torch.zeros_like(c0[:, :1])
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(PHILOX_ROUNDS):
-        # A product of two 32-bit words wraps around int64's sign, which the mask below takes away again. c1 and c3
-        # keep their upper halves: only what is multiplied must be a clean word.
+        # A product of two words may wrap around int64's sign; _mix masks that away. c1 and c3 keep their
+        # upper halves: only what is multiplied must be a clean word.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c2 = _mix(product1, c1, key0), _mix(product0, c3, key1)
         c1, c3 = product1, product0

@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.autograd import LoRALinearFunction, as_rows
-from lora_kernels.backends import Precision, Problem, Scale
-from lora_kernels.dispatch import Choice, choose, requested
+from lora_kernels.autograd import LoRALinearFunction, as_rows, forward
+from lora_kernels.backends import BASE_DTYPES, MAX_RANK, Precision, Problem, Scale, tf32_allowed
+from lora_kernels.dispatch import BackendName, Choice, choose, requested
 from lora_kernels.dropout import Dropout, inverse_keep
-
-_BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_RANK = 512
 
 
 def lora_linear(
@@ -39,47 +36,51 @@ def lora_linear(
         weight: [N, K], in x's dtype, frozen.
         lora_A: [r, K], in x's dtype or float32; r from 1 to 512.
         lora_B: [N, r], in lora_A's dtype.
-        scaling: alpha / r as a rule; a number, or a tensor of one element on x's device. Not differentiated.
+        scaling: alpha / r as a rule; an int or a float, or a real tensor of one element, of any shape, on x's
+            device. Not differentiated.
         bias: [N] or None, in x's dtype or float32.
-        dropout_p: from 0 to 1. Ignored where `training` is False.
+        dropout_p: an int or a float from 0 to 1, in force rounded to a multiple of 2^-16. Ignored where
+            `training` is False.
         backend: "triton", "cuda", "eager" or "auto"; None takes what the enclosing use_backend says.
     Returns:
         y: [..., N] in x's dtype; under autocast in the autocast dtype.
 
-    Under autocast x, weight and bias are cast to the autocast dtype and float32 adapters are rounded to it where
-    they are used. Outside, float32 adapters over a 16-bit base keep float32 accuracy in the branch.
+    Under autocast x and weight are cast to the autocast dtype; float32 adapters and biases are rounded to it
+    where they are used. Outside, float32 adapters over a 16-bit base keep float32 accuracy in the branch.
 
     Raises:
-        ValueError: a shape, rank, device, probability or backend name does not fit; or the weight requires grad.
-        TypeError: a dtype does not fit.
+        ValueError: a shape, rank, device, probability or backend name does not fit; or the weight requires
+            grad.
+        TypeError: a type or a dtype does not fit; float64 does not even under autocast, as in
+            torch.nn.functional.linear.
         RuntimeError: the backend that was named cannot run this call; or a backward is differentiated again.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
     """
     compiling = torch.compiler.is_compiling()
-    _require_tensors(x, weight, lora_A, lora_B, bias)
-    x, weight, bias, precision = _unify_dtypes(x, weight, lora_A, bias)
+    _require(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    x, weight, lora_A, lora_B, bias, precision = _unify_dtypes(x, weight, lora_A, lora_B, bias)
+    name = requested(backend)
     if compiling:
         _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     else:
-        choice = _cached_choice(x, weight, lora_A, lora_B, bias, scaling, dropout_p, precision, requested(backend))
+        choice = _cached_choice(x, weight, lora_A, lora_B, bias, scaling, dropout_p, precision, name)
     p = float(dropout_p) if training else 0.0
-    scale: Scale = scaling * inverse_keep(p) if p else scaling
+    scale = _scale(scaling, p)
     dropout = Dropout.draw(p, x.device)
     shape = x.shape
-    rows = as_rows(x if x.dim() == 2 else x.reshape(-1, shape[-1]), x.dtype)
+    # Not reshape(-1, K), which has no answer where K is 0.
+    rows = as_rows(x if x.dim() == 2 else x.reshape(shape[:-1].numel(), shape[-1]))
     if compiling:
         from lora_kernels.compiled import apply
 
-        y = apply(rows, weight, lora_A, lora_B, bias, scale, dropout, precision, backend)
+        y = apply(rows, weight, lora_A, lora_B, bias, scale, dropout, precision, name)
     elif torch.is_grad_enabled():
-        y = LoRALinearFunction.apply(
+        y = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
             rows, weight, lora_A, lora_B, bias, scale, dropout, precision, choice.backend
         )
     else:
-        y, _ = choice.backend.forward(
-            rows, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s=False
-        )
+        y, _ = forward(choice.backend, rows, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s=False)
     return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
 
 
@@ -99,22 +100,37 @@ def explain(
 
     Takes the arguments of lora_linear and raises what it raises; computes nothing. Print the result.
     """
-    _require_tensors(x, weight, lora_A, lora_B, bias)
-    x, weight, bias, precision = _unify_dtypes(x, weight, lora_A, bias)
+    _require(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    x, weight, lora_A, lora_B, bias, precision = _unify_dtypes(x, weight, lora_A, lora_B, bias)
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     return choose(_describe(x, weight, lora_A, precision), requested(backend))
 
 
 def _unify_dtypes(
-    x: Tensor, weight: Tensor, lora_A: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Precision]:
-    """x, weight and bias as autocast would hand them to a linear layer, and how the adapters meet them."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        return x, weight, bias, "native" if lora_A.dtype == dtype else "rounded"
-    return x, weight, bias, "native" if lora_A.dtype == x.dtype else "split"
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Precision]:
+    """The tensors in the dtypes in which they meet, and how the adapters meet the base."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return x, weight, lora_A, lora_B, bias, "native" if lora_A.dtype == x.dtype else "split"
+    dtype = torch.get_autocast_dtype(device_type)
+    # What is float32 of these stays so, and is rounded where it is used: its gradient is then never rounded.
+    lora_A, lora_B = (_autocast(t, dtype, keep_float32=True) for t in (lora_A, lora_B))
+    bias = None if bias is None else _autocast(bias, dtype, keep_float32=True)
+    x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+    return x, weight, lora_A, lora_B, bias, "native" if lora_A.dtype == dtype else "rounded"
+
+
+def _autocast(t: Tensor, dtype: torch.dtype, keep_float32: bool = False) -> Tensor:
+    # Autocast casts floating-point numbers, but not float64: neither of them becomes valid by a cast here.
+    stays = t.dtype == torch.float64 or not t.is_floating_point() or (keep_float32 and t.dtype == torch.float32)
+    return t if stays else t.to(dtype)
+
+
+def _scale(scaling: float | Tensor, p: float) -> Scale:
+    """scaling / (1 - p) as backends take it."""
+    scale = scaling.reshape(1).to(torch.float32) if isinstance(scaling, Tensor) else scaling
+    return scale * inverse_keep(p) if p else scale
 
 
 # Checked arguments and the choice they led to, by everything that a check or the choice depends on.
@@ -130,14 +146,13 @@ def _cached_choice(
     scaling: float | Tensor,
     dropout_p: float,
     precision: Precision,
-    name: str,
+    name: BackendName,
 ) -> Choice:
     key = (
         x.shape[-1:],
         x.dtype,
         x.device,
         weight.shape,
-        weight.stride(),
         weight.dtype,
         weight.device,
         weight.requires_grad,
@@ -148,36 +163,54 @@ def _cached_choice(
         lora_B.dtype,
         lora_B.device,
         None if bias is None else (bias.shape, bias.dtype, bias.device),
-        (scaling.shape, scaling.device, scaling.requires_grad) if isinstance(scaling, Tensor) else None,
+        (scaling.shape, scaling.dtype, scaling.device, scaling.requires_grad) if isinstance(scaling, Tensor) else None,
         torch.is_grad_enabled(),
         dropout_p,
         precision,
         name,
+        x.dtype == torch.float32 and tf32_allowed(),
     )
     choice = _choices.get(key)
     if choice is None:
         _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-        choice = choose(_describe(x, weight, lora_A, precision), requested(name))
+        choice = choose(_describe(x, weight, lora_A, precision), name)
         _choices[key] = choice
     return choice
 
 
 def _describe(x: Tensor, weight: Tensor, lora_A: Tensor, precision: Precision) -> Problem:
-    return Problem(
-        device=x.device,
-        dtype=x.dtype,
-        precision=precision,
-        in_features=weight.shape[1],
-        out_features=weight.shape[0],
-        rank=lora_A.shape[0],
-        weight_is_strided=1 not in weight.stride(),
-    )
+    out_features, in_features = weight.shape
+    return Problem.of(x.device, x.dtype, precision, in_features, out_features, lora_A.shape[0])
 
 
-def _require_tensors(x: object, weight: object, lora_A: object, lora_B: object, bias: object) -> None:
+def _require(
+    x: object,
+    weight: object,
+    lora_A: object,
+    lora_B: object,
+    bias: object,
+    scaling: object,
+    dropout_p: object,
+) -> None:
     for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
         if not isinstance(value, Tensor) and not (value is None and name == "bias"):
-            raise TypeError(f"{name} was a {type(value).__name__}, but must be a tensor")
+            raise TypeError(f"{name} was {_kind(value)}, but must be a tensor{' or None' if name == 'bias' else ''}")
+    if not isinstance(scaling, Tensor) and not is_number(scaling):
+        raise TypeError(f"scaling was {_kind(scaling)}, but must be an int, a float or a tensor of one element")
+    if not is_number(dropout_p):
+        raise TypeError(f"dropout_p was {_kind(dropout_p)}, but must be an int or a float")
+    # Asked first, because autocast has no answer for the meta device.
+    if x.is_meta:  # type: ignore[attr-defined]
+        raise ValueError("x was on the meta device, but must be on one that holds its numbers")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an int or a float; a bool is a mistake."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _check(
@@ -198,14 +231,14 @@ def _check(
     if lora_A.dim() != 2 or lora_A.shape[1] != in_features:
         raise ValueError(f"lora_A had shape {_shape(lora_A)}, but must be [r, {in_features}]")
     rank = lora_A.shape[0]
-    if not 1 <= rank <= _MAX_RANK:
-        raise ValueError(f"lora_A had rank {rank}, but the rank must be from 1 to {_MAX_RANK}")
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"lora_A had rank {rank}, but the rank must be from 1 to {MAX_RANK}")
     if lora_B.dim() != 2 or tuple(lora_B.shape) != (out_features, rank):
         raise ValueError(f"lora_B had shape {_shape(lora_B)}, but must be [{out_features}, {rank}]")
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias had shape {_shape(bias)}, but must be [{out_features}]")
-    if x.dtype not in _BASE_DTYPES:
-        raise TypeError(f"x was {x.dtype}, but must be one of {', '.join(map(str, _BASE_DTYPES))}")
+    if x.dtype not in BASE_DTYPES:
+        raise TypeError(f"x was {x.dtype}, but must be one of {', '.join(map(str, BASE_DTYPES))}")
     if weight.dtype != x.dtype:
         raise TypeError(f"weight was {weight.dtype}, but must have x's dtype, {x.dtype}")
     if lora_A.dtype not in (x.dtype, torch.float32):
@@ -219,12 +252,12 @@ def _check(
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} was on {tensor.device}, but must be on x's device, {x.device}")
     if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "weight required grad, but must be frozen: a LoRA linear has no gradient for it (pass weight.detach())"
-        )
+        raise ValueError("weight required grad, but must be frozen: it gets no gradient here (pass weight.detach())")
     if isinstance(scaling, Tensor):
         if scaling.numel() != 1:
             raise ValueError(f"scaling had shape {_shape(scaling)}, but must be a number or a tensor of one element")
+        if scaling.dtype == torch.bool or scaling.is_complex():
+            raise TypeError(f"scaling was {scaling.dtype}, but must be a real number or a tensor of one")
         if scaling.device != x.device:
             raise ValueError(f"scaling was on {scaling.device}, but must be on x's device, {x.device}")
         if scaling.requires_grad and torch.is_grad_enabled():

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_kernels.dropout import inverse_keep
+
 
 def lora_linear_reference(
     x: Tensor,
@@ -20,7 +22,9 @@ def lora_linear_reference(
     keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """y = x W^T + scaling * (D(x) A^T) B^T + b, where D zeroes what `keep` drops and scales the rest by 1 / (1 - p).
+    """y = x W^T + scaling * (D(x) A^T) B^T + b, where D(x) = x / (1 - p) where `keep` is true, else 0.
+
+    This p is the probability that a mask really has: `dropout_p` rounded to a multiple of 2^-16 (dropout.py).
 
     Args:
         x: [..., K].
@@ -29,6 +33,7 @@ def lora_linear_reference(
         lora_B: [N, r].
         bias: [N] or None.
         keep: bool mask of x's shape, or None where nothing is dropped.
+        dropout_p: the probability that the mask was drawn with.
     Returns:
         y: [..., N].
 
@@ -41,6 +46,4 @@ def lora_linear_reference(
 
 
 def _drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
-    if p == 1.0:
-        return torch.zeros_like(x)
-    return torch.where(keep, x / (1.0 - p), torch.zeros_like(x))
+    return torch.where(keep, x * inverse_keep(p), torch.zeros_like(x))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+HAS_GPU = torch.cuda.is_available()
+
 
 @dataclass(frozen=True)
 class Case:

@@ -5,7 +5,6 @@ Run by test_targets.py in a process of its own, because Triton's interpreter mus
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
@@ -42,10 +41,11 @@ class Build:
     masked: bool = False
     split: bool = False
     rank: int = 16
+    aligned: bool = True
 
     def __str__(self) -> str:
         tiles = "x".join(str(v) for k, v in asdict(self.tiles).items() if k.startswith("block"))
-        flags = [k for k in ("forward", "masked", "split") if getattr(self, k)]
+        flags = [k for k in ("forward", "masked", "split", "aligned") if getattr(self, k)]
         return " ".join([f"sm_{self.capability}", self.kernel, tiles, f"r{self.rank}", *flags])
 
 
@@ -59,6 +59,8 @@ def builds() -> Iterator[Build]:
                 yield plain
                 yield replace(plain, masked=True, rank=64)
                 yield replace(plain, split=True)
+                if not tiles.use_tma:
+                    yield replace(plain, split=True, aligned=False)
         for split in (False, True):
             yield Build(capability, "adapter_grads", grad_tiles(chip, 2), masked=split, split=split, rank=64)
 
@@ -69,6 +71,8 @@ def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = [n for n in names if signature[n].startswith("*") or n.startswith("stride") or n in ("N", "K")]
+    if not build.aligned:
+        aligned = []
     attributes = {
         (names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"
     }
@@ -166,7 +170,8 @@ def compile_one(build: Build) -> dict[str, Any]:
         "registers": int(found[1]),
         "stack": int(found[2]),
         "serialized": serialized,
-        "pipelined": compiled.metadata.shared >= _stages(build),
+        "reshaped": "memdesc_reshape" in compiled.asm["ttgir"],
+        "pipelined": not build.aligned or compiled.metadata.shared >= _stages(build),
     }
 
 
@@ -174,6 +179,8 @@ def _stages(build: Build) -> int:
     """The shared memory that a main loop with all its stages in flight takes at least."""
     tiles = build.tiles
     if isinstance(tiles, GradTiles):
+        if build.capability < 90:
+            return 0  # docs/kernels.md: not pipelined there yet
         return tiles.num_stages * tiles.block_m * tiles.block_c * 2
     # Before Hopper the products read registers, and one stage is in them.
     stages = tiles.num_stages - (0 if tiles.use_tma else 1)
@@ -189,7 +196,7 @@ def main() -> None:
     only = int(sys.argv[1])
     chosen = [b for b in builds() if b.capability == only]
     with ProcessPoolExecutor(2) as pool:
-        for result in itertools.chain(pool.map(compile_one, chosen)):
+        for result in pool.map(compile_one, chosen):
             print(json.dumps(result), flush=True)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import HAS_GPU
 
-HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 

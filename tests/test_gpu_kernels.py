@@ -6,8 +6,7 @@ import time
 
 import pytest
 import torch
-from cases import Case
-from conftest import HAS_GPU
+from cases import HAS_GPU, Case
 
 from lora_kernels import LoRALinear, lora_linear
 
@@ -93,8 +92,10 @@ def layer(dropout: float = 0.0, size: int = 512) -> LoRALinear:
 
 
 def step(module: LoRALinear, x: torch.Tensor) -> list[torch.Tensor]:
+    """The output and all gradients. Nothing of the graph outlives the call: a capture may not meet its streams."""
     y = module(x)
-    return [y, *torch.autograd.grad(y.float().square().sum(), [x, module.lora_A, module.lora_B])]
+    gradients = torch.autograd.grad(y.float().square().sum(), [x, module.lora_A, module.lora_B])
+    return [y.detach(), *gradients]
 
 
 def captured(module: LoRALinear, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:

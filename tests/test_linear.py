@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, Tensors, backends_of, grid
-from conftest import HAS_GPU
+from cases import HAS_GPU, Case, Tensors, backends_of, grid
 from tolerance import assert_as_exact_as_peft, peft_sequence
 
 from lora_kernels import lora_linear, lora_linear_reference
-from lora_kernels.dropout import Dropout, keep_mask
+from lora_kernels.dropout import Dropout, drop_threshold, keep_mask
 
 
 @pytest.fixture
@@ -60,9 +59,11 @@ def test_is_as_exact_as_peft(case: Case, backend: str, device: torch.device, dra
         tensors,
     )
     keep = keep_mask(drawn[0], case.M, case.K, case.dropout) if drawn else None
+    # The mask's own probability: p in steps of 2^-16.
+    p = drop_threshold(case.dropout) / 65536
     peft = run(
         lambda x, lora_A, lora_B, bias=None: peft_sequence(
-            x, tensors.weight, lora_A, lora_B, case.scaling, bias, keep, case.dropout
+            x, tensors.weight, lora_A, lora_B, case.scaling, bias, keep, p
         ),
         tensors,
     )

@@ -6,6 +6,9 @@ In all of them x is [M, K], weight [N, K], lora_A [r, K], lora_B [N, r], dy [M, 
     S  = scale * mask(x) A^T        y  = x W^T + S B^T + b
     T  = scale * dy B               dx = dy W + mask(T A)
     dA = T^T mask(x)                dB = dy^T S
+
+It is a number, or a float32 tensor of shape [1]. (One of shape [] would take the dtype of what it
+multiplies: a GPU rounds it to 16 bits first.)
 """
 
 from __future__ import annotations
@@ -18,11 +21,23 @@ from torch import Tensor
 
 from lora_kernels.dropout import Dropout
 
-# How adapters meet a base of another dtype. "native": they have the base's dtype. "rounded": float32 adapters,
-# rounded to the base's dtype where they are used, as autocast does. "split": float32 adapters over a 16-bit base
-# with float32 accuracy in the branch.
+# How adapters meet a base of another dtype. "native": they have the base's dtype. "rounded": float32
+# adapters, rounded to the base's dtype where they are used, as autocast does. "split": float32 adapters over
+# a 16-bit base with float32 accuracy in the branch.
 Precision = Literal["native", "rounded", "split"]
 Scale = float | Tensor
+# What x and the frozen weight may be; adapters and bias may be float32 besides.
+BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_RANK = 512
+
+_HAS_FP32_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's own float32 products may use TF32, by whichever of its settings the user said so."""
+    matmul = torch.backends.cuda.matmul
+    # PyTorch 2.9 brought fp32_precision, which follows the older settings; allow_tf32 raises once it was set.
+    return bool(matmul.fp32_precision == "tf32" if _HAS_FP32_PRECISION else matmul.allow_tf32)
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,20 @@ class Problem:
     in_features: int
     out_features: int
     rank: int
-    weight_is_strided: bool = False
+    tf32: bool = False
+
+    @staticmethod
+    def of(
+        device: torch.device,
+        dtype: torch.dtype,
+        precision: Precision,
+        in_features: int,
+        out_features: int,
+        rank: int,
+    ) -> Problem:
+        """The problem under PyTorch's present settings: TF32 only matters to float32."""
+        tf32 = dtype == torch.float32 and tf32_allowed()
+        return Problem(device, dtype, precision, in_features, out_features, rank, tf32)
 
 
 class Forward(Protocol):

@@ -45,13 +45,14 @@ def backward_input(
     t *= scale
     if not want_dx:
         return None, t
-    assert weight is not None and lora_A is not None
+    assert weight is not None
+    assert lora_A is not None
     dx = dy @ weight
     up = _branch(lora_A, dy, precision)
     if dropout is None:
         return _accumulate(dx, t, up), t
+    branch = _masked(t @ up, dropout)
     # Out of place where the branch is wider than dx, so that the sum is rounded once.
-    branch = (t @ up).mul_(dropout.keep(dx.shape[0], dx.shape[1]))
     return (dx.add_(branch) if branch.dtype == dx.dtype else (dx + branch).to(dx.dtype)), t
 
 
@@ -70,7 +71,8 @@ def backward_adapters(
 
 
 def _masked(x: Tensor, dropout: Dropout | None) -> Tensor:
-    return x if dropout is None else x * dropout.keep(x.shape[0], x.shape[1])
+    # Not a product with the mask: an infinity that is dropped is 0, and not NaN.
+    return x if dropout is None else torch.where(dropout.keep(x.shape[0], x.shape[1]), x, 0.0)
 
 
 def _branch_dtype(x: Tensor, precision: Precision) -> torch.dtype:

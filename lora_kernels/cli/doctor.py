@@ -1,4 +1,4 @@
-"""Shows what is installed and which backends work here; exit status 0 only if one does."""
+"""Shows what is installed and which backends work here; exit status 0 only if the automatic choice works."""
 
 import argparse
 
@@ -20,14 +20,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"{'GPU':<14}{line}")
 
     print("\nbackends, in the order in which the automatic choice tries them")
-    automatic = None
-    for status in backend_report():
+    statuses = backend_report()
+    for status in statuses:
         verdict = "works" if status.works else f"refuses because {status.reason}"
-        if status.works and automatic is None:
-            automatic = status.name
-            verdict += "   <- the automatic choice"
-        print(f"  {status.name:<12}{verdict}")
-    if automatic is None:
-        print("\nNo backend works here.")
-        return 1
-    return 0
+        mark = "   <- the automatic choice" if status.automatic else ""
+        print(f"  {status.name:<12}{verdict}{mark}")
+    if any(status.automatic and status.works for status in statuses):
+        return 0
+    print("\nThe automatic choice of a backend does not work here.")
+    return 1

@@ -9,7 +9,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels.functional import _MAX_RANK, lora_linear
+from lora_kernels.backends import MAX_RANK
+from lora_kernels.functional import lora_linear
 
 _BASES = (nn.Linear, Conv1D)
 _DROPOUTS = (nn.Dropout, nn.Identity)
@@ -107,8 +108,8 @@ def _operands(layer: lora.Linear, x: Tensor | None) -> _Operands | str:
     if not adapters:
         return "it has none of the active adapters"
     rank = sum(adapter.A.shape[0] for adapter in adapters)
-    if rank > _MAX_RANK:
-        return f"the ranks of its active adapters add up to {rank}, more than {_MAX_RANK}"
+    if rank > MAX_RANK:
+        return f"the ranks of its active adapters add up to {rank}, more than {MAX_RANK}"
     return _Operands(weight.T if type(base) is Conv1D else weight, bias, adapters)
 
 

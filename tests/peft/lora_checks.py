@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import apply_lora_kernels, lora_linear_reference
-from lora_kernels.dropout import Dropout
+from lora_kernels.dropout import Dropout, inverse_keep
 
 IN, OUT, ROWS = 48, 40, 32
 Pair = tuple[lora.Linear, lora.Linear]
@@ -133,7 +133,10 @@ def check_dropout_mask(device: str, p: float = 0.4) -> None:
 
 
 def check_dropout_statistics(device: str, p: float = 0.3) -> None:
-    """With W = 0, A = B = 1 and s = 1 the output is D(x): of ones, 0 with probability p, else 1 / (1 - p)."""
+    """With W = 0, A = B = 1 and s = 1 the output is D(x): of ones, 0 with probability p, else 1 / (1 - p).
+
+    That p is the one that a mask has, a multiple of 2^-16.
+    """
     layer = peft.inject_adapter_in_model(
         peft.LoraConfig(r=8, lora_alpha=8, lora_dropout=p, target_modules=["0"]),
         nn.Sequential(nn.Linear(8, 8, bias=False)),
@@ -146,7 +149,7 @@ def check_dropout_statistics(device: str, p: float = 0.3) -> None:
         layer[0].lora_B["default"].weight.copy_(torch.eye(8))
         first, second = layer(torch.ones(4096, 8, device=device)), layer(torch.ones(4096, 8, device=device))
     kept = first > 0.5
-    assert_same(kept / (1 - p), first, 1e-6)
+    assert_same(kept * inverse_keep(p), first, 1e-6)
     deviation = (p * (1 - p) / kept.numel()) ** 0.5
     assert abs(kept.float().mean().item() - (1 - p)) < 5 * deviation
     # Two calls draw two masks: they agree where both keep or both drop, by chance alone.

@@ -70,7 +70,7 @@ def _refuses(problem: Problem) -> str | None:
 def _declines(problem: Problem) -> str | None:
     if problem.device.type == "cpu":
         return "Triton's interpreter is for tests"
-    if problem.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+    if problem.dtype == torch.float32 and not problem.tf32:
         return "float32 without TF32 has no tensor cores, where the libraries' kernels are faster"
     return None
 

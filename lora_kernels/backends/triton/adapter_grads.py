@@ -23,7 +23,7 @@ def _reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, 
     offs_c = column0 + tl.arange(0, BLOCK_C)
     offs_r = r0 + tl.arange(0, BLOCK_R)
     split: tl.constexpr = wide_ptr.dtype.element_ty != narrow_ptr.dtype.element_ty
-    acc = tl.zeros((BLOCK_C, 4 * BLOCK_R if split else BLOCK_R), tl.float32)
+    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     for m0 in tl.range(first_row, last_row, BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)[:, None]
@@ -33,11 +33,10 @@ def _reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, 
         if MASKED:
             wide = tl.where(keep_tile(seed_ptr, m0, column0, threshold, BLOCK_M, BLOCK_C), wide, 0.0)
         if split:
-            acc = tl.dot(tl.trans(wide), in_parts(narrow), acc)
+            # Added here, not in the tensor cores, whose long sums are truncated at each step.
+            acc += sum_of_parts(tl.dot(tl.trans(wide), in_parts(narrow, in_rows)), BLOCK_C, BLOCK_R)
         else:
             acc = tl.dot(tl.trans(wide), narrow, acc, input_precision=PRECISION)
-    if split:
-        acc = sum_of_parts(acc, BLOCK_C, BLOCK_R)
     return acc
 
 

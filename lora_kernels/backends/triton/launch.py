@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.backends import Precision, Scale
+from lora_kernels.backends import Precision, Scale, tf32_allowed
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.direct import DirectKernel, direct_kernel
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
@@ -51,7 +51,7 @@ class OnePassPlan:
 
     @property
     def counters(self) -> int:
-        return 1 + self.row_tiles * (1 + self.rank_chunks)
+        return 2 + self.row_tiles * (1 + self.rank_chunks)
 
 
 def plan_one_pass(
@@ -113,7 +113,7 @@ def one_pass(
         _remember(_one_pass_plans, key, plan)
     tiles = plan.tiles
     workspace = torch.empty(plan.workspace_size, dtype=torch.float32, device=device)
-    is_tensor = isinstance(scale, Tensor)
+    scale_tensor = scale if isinstance(scale, Tensor) else None
     seed = None if dropout is None else dropout.seed
     mask_out = dropout is not None and not mask_left
     arguments = (
@@ -127,8 +127,8 @@ def one_pass(
         workspace,
         zeros_for(device, plan.counters),
         seed,
-        scale if is_tensor else None,
-        1.0 if is_tensor else float(scale),
+        scale_tensor,
+        1.0 if scale_tensor is not None else float(scale),
         0 if dropout is None else dropout.threshold,
         spin_limit if plan.shares else 0,
         M,
@@ -170,7 +170,7 @@ def one_pass(
         blocks = ((tiles.block_m, tiles.block_k), w_block, (tiles.block_m, tiles.block_n // 2))
     kind = (
         "one_pass", device, dtype, precision, K, N, R, tiles, w_is_nk, mask_out, left.stride(0), stored_w.stride(0),
-        down.stride(), up.stride(), down.dtype, seed is None, is_tensor and scale.dtype, bias is not None and bias.dtype,
+        down.stride(), up.stride(), down.dtype, seed is None, None if scale_tensor is None else scale_tensor.dtype, bias is not None and bias.dtype,
         _alignment(left, stored_w, down, up, bias),
     )  # fmt: skip
     _launch(one_pass_kernel, kind, (plan.programs, 1, 1), arguments, options, blocks)
@@ -297,7 +297,7 @@ def _alignment(*tensors: Tensor | None) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """float32 products take the tensor cores' short mantissa only where the user allowed it to PyTorch as well."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+    if dtype == torch.float32 and not tf32_allowed():
         return "ieee"
     return "tf32"
 

@@ -51,7 +51,8 @@ def _add_down(x, down_ptr, stride_dk, stride_dr, k0, r0, K, R, s, row0, seed_ptr
     if MASK_X:
         x = tl.where(keep_tile(seed_ptr, row0, k0, threshold, BLOCK_M, BLOCK_K), x, 0.0)
     if SPLIT:
-        return tl.dot(x, in_parts(down), s)
+        # Added here, not in the tensor cores, whose long sums are truncated at each step.
+        return s + sum_of_parts(tl.dot(x, in_parts(down, (offs_k < K)[:, None])), BLOCK_M, BLOCK_R)
     else:
         return tl.dot(x, down.to(x.dtype), s, input_precision=PRECISION)
 
@@ -69,20 +70,12 @@ def _compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, row0, r0, f
                    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, MASK_X: tl.constexpr,
                    SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
     """One share of S on its own, for whoever cannot have it from a main loop."""
-    s = tl.zeros((BLOCK_M, 4 * BLOCK_R if SPLIT else BLOCK_R), tl.float32)
+    s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for ki in tl.range(first, last, num_stages=1):
         x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
         s = _add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, r0, K, R, s, row0, seed_ptr, threshold,
                       BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
-    return _fold(s, BLOCK_M, BLOCK_R, SPLIT)
-
-
-@triton.jit
-def _fold(s, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):
-    if SPLIT:
-        return sum_of_parts(s, BLOCK_M, BLOCK_R)
-    else:
-        return s
+    return s
 
 
 @triton.jit
@@ -101,7 +94,7 @@ def _s_addresses(s_ptr, stride_sm, row0, r0, M, R, BLOCK_M: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _publish(share, workspace_ptr, arrived_ptr, ready_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part, rank_chunks,
+def _publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part, rank_chunks,
              k_parts, row_tiles, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """Hands a share over; with the last part of a chunk, S of that chunk is complete and stored."""
     offsets = _share_offsets(pid_m, part * rank_chunks + chunk, row_tiles, BLOCK_M, BLOCK_R)
@@ -122,6 +115,7 @@ def _publish(share, workspace_ptr, arrived_ptr, ready_ptr, s_ptr, stride_sm, sca
             tl.store(address, (s * scale).to(s_ptr.dtype.element_ty), mask)
         tl.debug_barrier()
         tl.atomic_add(ready_ptr + pid_m, 1, sem="release")
+        tl.atomic_add(total_ptr, 1, sem="release")
 
 
 @triton.jit
@@ -162,12 +156,12 @@ def _add_up(acc, s, up_ptr, stride_ur, stride_un, r0, n0, R, N, dtype: tl.conste
     """acc + s U for one chunk of the rank."""
     offs_r = r0 + tl.arange(0, BLOCK_R)
     offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask = (offs_n < N)[:, None] & (offs_r < R)[None, :]
-    up_t = tl.load(up_ptr + offs_n[:, None].to(tl.int64) * stride_un + offs_r[None, :] * stride_ur, mask, other=0.0)
+    mask = (offs_r < R)[:, None] & (offs_n < N)[None, :]
+    up = tl.load(up_ptr + offs_r[:, None] * stride_ur + offs_n[None, :].to(tl.int64) * stride_un, mask, other=0.0)
     if SPLIT:
-        return split_dot(s, up_t, acc)
+        return split_dot(s, up, (offs_n < N)[None, :], acc)
     else:
-        return tl.dot(s.to(dtype), tl.trans(up_t).to(dtype), acc, input_precision=PRECISION)
+        return tl.dot(s.to(dtype), up.to(dtype), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -216,13 +210,16 @@ def _add_masked_up(acc, stored, pid_m, column0, up_ptr, s_ptr, seed_ptr, thresho
 
 
 @triton.jit
-def _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, seed_ptr, scale,
-                 threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
+def _finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr,
+                 total_ptr, seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
                  stride_ur, stride_un, stride_sm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                  BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
                  HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
                  DTYPE: tl.constexpr):  # fmt: skip
-    """Adds mask(S U) and the bias to a finished X W tile and writes it."""
+    """Adds mask(S U) and the bias to a finished X W tile and writes it.
+
+    Returns whether S is known to be complete in all row blocks, after which nobody has to look at a flag again.
+    """
     HALF: tl.constexpr = BLOCK_N // 2
     row0 = pid_m * BLOCK_M
     left0 = pid_n * BLOCK_N
@@ -230,14 +227,18 @@ def _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, 
     if HAS_BIAS:
         offs_n = left0 + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    stored = _all_ready(ready_ptr + pid_m, RANK_CHUNKS, spin_limit)
-    if not stored:
-        _compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R, k_tiles, k_parts, stride_xm, stride_dk,
-                   stride_dr, stride_sm, BLOCK_M, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, SPLIT, PRECISION, USE_TMA)
-        # The threads must meet between the stores and the loads of S. The result of an atomic reaches all of them
-        # through such a meeting, and always is what is asked here; a bare barrier would keep the compiler from
-        # pipelining the loop around it.
-        stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
+    stored = True
+    if not all_stored:
+        stored = _all_ready(ready_ptr + pid_m, RANK_CHUNKS, spin_limit)
+        if not stored:
+            _compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R, k_tiles, k_parts, stride_xm,
+                       stride_dk, stride_dr, stride_sm, BLOCK_M, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, SPLIT, PRECISION,
+                       USE_TMA)  # fmt: skip
+            # The threads must meet between the stores and the loads of S. The result of an atomic reaches all of them
+            # through such a meeting, and always is what is asked here; a bare barrier would keep the compiler from
+            # pipelining the loop around it.
+            stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
+        all_stored = tl.atomic_add(total_ptr, 0, sem="acquire") == tl.cdiv(M, BLOCK_M) * RANK_CHUNKS
     if MASK_OUT:
         # A quarter after the other: S U has to be masked before it is added, and that takes registers.
         QUARTER: tl.constexpr = HALF // 2
@@ -262,6 +263,7 @@ def _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, 
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         store_tile(out_ref, stride_om, row0, left0, M, N, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
         store_tile(out_ref, stride_om, row0, right0, M, N, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)
+    return all_stored
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "k_parts", "shares"])
@@ -277,15 +279,16 @@ def one_pass_kernel(
     """The module's docstring says what it computes and why it ends.
 
     x_ref [M, K], w_ref ([N, K] if W_IS_NK, else [K, N]) and out_ref [M, N] are TMA descriptors if USE_TMA, else
-    pointers. sync_ptr holds, all zero: the count of finished programs, a count of complete chunks of S for each
-    row block, and a count of parts for each row block and chunk.
+    pointers. sync_ptr holds, all zero: the count of finished programs, that of complete chunks of S, the
+    same for each row block, and a count of parts for each row block and chunk.
     """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     row_tiles = tl.cdiv(M, BLOCK_M)
     column_tiles = tl.cdiv(N, BLOCK_N)
     k_tiles = tl.cdiv(K, BLOCK_K)
-    ready_ptr = sync_ptr + 1
+    total_ptr = sync_ptr + 1
+    ready_ptr = sync_ptr + 2
     arrived_ptr = ready_ptr + row_tiles
     if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32) * scale
@@ -298,15 +301,14 @@ def one_pass_kernel(
         chunk, part = pid_n % RANK_CHUNKS, pid_n // RANK_CHUNKS
         first, last = _part_bounds(part, k_parts, k_tiles)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        share = tl.zeros((BLOCK_M, 4 * BLOCK_R if SPLIT else BLOCK_R), tl.float32)
+        share = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for ki in tl.range(first, last):
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
             w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             share = _add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, seed_ptr,
                               threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
-        share = _fold(share, BLOCK_M, BLOCK_R, SPLIT)
-        _publish(share, workspace_ptr, arrived_ptr, ready_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part, RANK_CHUNKS,
+        _publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part, RANK_CHUNKS,
                  k_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
         # The rest of K, from where the share ended and around.
         for step in tl.range(last, first + k_tiles):
@@ -314,14 +316,15 @@ def one_pass_kernel(
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
             w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, seed_ptr, scale,
-                     threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
+        _finish_tile(False, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, total_ptr,
+                     seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
                      stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, MASK_OUT,
                      HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     # All others.
     tile = pid + tl.cdiv(tl.maximum(shared_tiles - pid, 0), programs) * programs
     mine = tl.cdiv(tl.maximum(row_tiles * column_tiles - tile, 0), programs)
+    all_stored = shared_tiles < 0  # False, but for the compiler a value like those that follow
     if FLATTEN:
         # One loop over every step of every tile: the loads of a tile are under way while the one before it is finished.
         pid_m, pid_n = 0, 0
@@ -337,10 +340,11 @@ def one_pass_kernel(
             w = _load_w(w_ref, stride_w, ki * BLOCK_K, pid_n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             if ki == k_tiles - 1:
-                _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, seed_ptr,
-                             scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
-                             stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS,
-                             MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+                all_stored = _finish_tile(
+                    all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, total_ptr,
+                    seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
+                    stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X,
+                    MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     else:
         for index in tl.range(0, mine, num_stages=1):
@@ -350,14 +354,15 @@ def one_pass_kernel(
                 x = load_tile(x_ref, stride_xm, pid_m * BLOCK_M, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
                 w = _load_w(w_ref, stride_w, ki * BLOCK_K, pid_n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
                 acc = tl.dot(x, w, acc, input_precision=PRECISION)
-            _finish_tile(acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, seed_ptr,
-                         scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
+            all_stored = _finish_tile(
+                         all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr,
+                         total_ptr, seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
                          stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS,
                          MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     tl.debug_barrier()
     if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == programs - 1:
-        used = 1 + row_tiles * (1 + RANK_CHUNKS)
+        used = 2 + row_tiles * (1 + RANK_CHUNKS)
         for start in tl.range(0, used, 1024):
             offs = start + tl.arange(0, 1024)
             tl.store(sync_ptr + offs, 0, mask=offs < used)

@@ -33,16 +33,19 @@ def beside(left, right):
 
 
 @triton.jit
-def in_parts(wide):
+def in_parts(wide, in_rows):
     """A float32 tile [X, Y] as bfloat16 [X, 4 Y]: each column as three whose sum has its 24 bits, and a zero.
 
-    A product with it, folded by sum_of_parts, has float32 accuracy at the speed of the tensor cores.
+    A product with it, folded by sum_of_parts, has float32 accuracy at the speed of the tensor cores. `in_rows` is
+    the mask [X, 1] of the rows that count. The tile is zero outside of it already; but where a reshaped tile goes
+    straight into a product, Triton 3.6 reshapes shared memory instead, and for unaligned operands it then fails to
+    compile or computes addresses outside of it.
     """
     high = wide.to(tl.bfloat16)
     rest = wide - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
     low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    return beside(beside(high, low), beside(middle, tl.zeros_like(low)))
+    return tl.where(in_rows, beside(beside(high, low), beside(middle, tl.zeros_like(low))), 0.0)
 
 
 @triton.jit
@@ -54,18 +57,23 @@ def sum_of_parts(parts, X: tl.constexpr, Y: tl.constexpr):
 
 
 @triton.jit
-def split_dot(left, right_t, acc):
-    """acc + left @ right_t^T of float32 tiles as bfloat16 halves: 16 bits, where the sum is rounded to 8.
+def split_dot(left, right, in_columns, acc):
+    """acc + left @ right of float32 tiles [M, K] and [K, N] as bfloat16 halves: 16 bits, where the sum keeps 8.
 
     One product over four times the columns, (high + low) of left times (high + low) of right: several products in
-    a row on one accumulator would be kept from overlapping.
+    a row on one accumulator would be kept from overlapping. `in_columns` is the mask [1, N] of the columns that
+    count: as in in_parts, something must stand between a reshape and a product.
     """
     left_high = left.to(tl.bfloat16)
     left_low = (left - left_high.to(tl.float32)).to(tl.bfloat16)
-    right_high = right_t.to(tl.bfloat16)
-    right_low = (right_t - right_high.to(tl.float32)).to(tl.bfloat16)
-    both = beside(left_high, left_low)
-    return tl.dot(beside(both, both), tl.trans(beside(beside(right_high, right_high), beside(right_low, right_low))), acc)
+    right_high = right.to(tl.bfloat16)
+    right_low = (right - right_high.to(tl.float32)).to(tl.bfloat16)
+    halves = tl.join(right_high, right_low)
+    # [K, N, half of right, half of left] to [4 K, N].
+    rows = tl.permute(tl.join(halves, halves), (0, 2, 3, 1))
+    columns = beside(beside(left_high, left_high), beside(left_low, left_low))
+    rows = tl.where(in_columns, tl.reshape(rows, (4 * right.shape[0], right.shape[1])), 0.0)
+    return tl.dot(columns, rows, acc)
 
 
 @triton.jit

