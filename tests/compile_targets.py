@@ -51,7 +51,7 @@ class Build:
 
 def builds() -> Iterator[Build]:
     for capability, shared in CHIPS.items():
-        chip = Chip((capability // 10, capability % 10), 132, shared, capability >= 90)
+        chip = Chip((capability // 10, capability % 10), 132, shared, capability == 90)
         tables = {t for use_tma in (True, False) for t in candidates(chip, 2, use_tma)}
         for tiles in sorted(tables, key=str):
             for forward in (True, False):

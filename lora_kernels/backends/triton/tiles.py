@@ -74,7 +74,8 @@ def chip_of(device: torch.device) -> Chip:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     capability = torch.cuda.get_device_capability(device)
-    has_tma = torch.version.cuda is not None and capability[0] >= 9
+    # Later chips have TMA as well, but Triton 3.9 does not compile the flat loop over it for them.
+    has_tma = torch.version.cuda is not None and capability[0] == 9
     shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
     return Chip(capability, properties.multi_processor_count, shared, has_tma)
 
