@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels import dispatch, explain, lora_linear, use_backend
+from lora_kernels import dispatch, explain, lora_linear, selftest, use_backend
 from lora_kernels.backends import Problem, eager, tf32_allowed
 from lora_kernels.cli.main import main
-from lora_kernels.dispatch import BackendRefused, BackendStatus, backend_report, choose, requested
+from lora_kernels.dispatch import BackendRefused, choose, requested
+from lora_kernels.selftest import BackendStatus, backend_report
 
 
 def make(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -209,7 +210,7 @@ def test_a_backend_that_breaks_is_reported(
     dispatch.choose.cache_clear()
     try:
         status = backend_report(torch.device("cpu"))[-1]
-        monkeypatch.setattr(dispatch, "backend_report", lambda: [status])
+        monkeypatch.setattr(selftest, "backend_report", lambda: [status])
         assert main(["doctor"]) == 1
     finally:
         dispatch._load.cache_clear()

@@ -61,7 +61,8 @@ def test_everything_but_triton_works_without_triton(tmp_path: Path) -> None:
 import sys, torch
 sys.modules["triton"] = None
 import lora_kernels
-from lora_kernels.dispatch import BackendRefused, backend_report
+from lora_kernels.dispatch import BackendRefused
+from lora_kernels.selftest import backend_report
 arguments = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
 print(lora_kernels.lora_linear(*arguments).tolist())
 print(lora_kernels.explain(*arguments, backend="auto").backend.name)

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 0 if the automatic choice of a backend works."""
     from lora_kernels.cli.environment import gpu_names, versions
-    from lora_kernels.dispatch import backend_report
+    from lora_kernels.selftest import backend_report
 
     for name, version in versions().items():
         print(f"{name:<14}{version or '-'}")

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from lora_kernels import dispatch
+from lora_kernels import selftest
 from lora_kernels.cli.main import main
-from lora_kernels.dispatch import BackendStatus
+from lora_kernels.selftest import BackendStatus
 
 
 def _report(monkeypatch: pytest.MonkeyPatch, *statuses: BackendStatus) -> None:
-    monkeypatch.setattr(dispatch, "backend_report", lambda: list(statuses))
+    monkeypatch.setattr(selftest, "backend_report", lambda: list(statuses))
 
 
 def test_this_machine() -> None:
