@@ -41,7 +41,7 @@ class GradTiles:
 
 @dataclass(frozen=True)
 class Chip:
-    """What tile choices depend on. `capability` is (0, 0) in Triton's interpreter, and CUDA's or 10 * gfx otherwise."""
+    """What tile choices depend on. `capability` is (0, 0) in Triton's interpreter; `has_tma`: whether we use it there."""
 
     capability: tuple[int, int]
     multiprocessors: int
@@ -86,10 +86,8 @@ def candidates(chip: Chip, itemsize: int, use_tma: bool) -> tuple[OnePassTiles, 
         return _INTERPRETED
     if itemsize == 4:
         return _POINTERS_FP32
-    tables = (_HOPPER, _POINTERS) if use_tma and chip.has_tma else (_POINTERS,)
-    fitting = ([t for t in table if t.shared_memory(itemsize) <= chip.shared_memory] for table in tables)
-    # Some chips have TMA, but too little shared memory for the tiles that profit from it.
-    return tuple(next(filter(None, fitting)))
+    table = _HOPPER if use_tma and chip.has_tma else _POINTERS
+    return tuple(t for t in table if t.shared_memory(itemsize) <= chip.shared_memory)
 
 
 def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
@@ -132,7 +130,10 @@ def share_out(
 
 
 def row_parts(chip: Chip, tiles: GradTiles, M: int, blocks: int) -> tuple[int, int]:
-    """(parts of M, rows of each) of the adapter gradients: one wave of programs, two on a multiprocessor, each with two steps or more."""
+    """(parts of M, rows of each) of the adapter gradients.
+
+    One wave of programs, two on a multiprocessor, each with two steps or more.
+    """
     steps = -(-M // tiles.block_m)
     parts = max(1, min(2 * chip.multiprocessors // blocks, -(-steps // 2), 32))
     rows = -(-steps // parts) * tiles.block_m
