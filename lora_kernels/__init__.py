@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_kernels.dispatch import use_backend
 from lora_kernels.functional import explain, lora_linear
 from lora_kernels.modules import LoRALinear
+from lora_kernels.nf4 import NF4Weight
 from lora_kernels.reference import lora_linear_reference
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LoRALinear",
+    "NF4Weight",
     "apply_lora_kernels",
     "explain",
     "lora_linear",

@@ -9,6 +9,7 @@ bias              sum of dy         nothing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.backends import Backend, Precision, Scale
 from lora_kernels.dropout import Dropout
+from lora_kernels.nf4 import Form, NF4Weight
+from lora_kernels.weights import Weight
 
 
 class Needs(NamedTuple):
@@ -33,7 +36,7 @@ class Saved(NamedTuple):
     """What the backward may read; None where no needed gradient uses it."""
 
     x: Tensor | None
-    weight: Tensor | None
+    weight: Weight | None
     lora_A: Tensor | None
     lora_B: Tensor | None
     s: Tensor | None
@@ -44,7 +47,7 @@ class Saved(NamedTuple):
     def select(
         needs: Needs,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight | None,
         lora_A: Tensor,
         lora_B: Tensor,
         s: Tensor | None,
@@ -62,11 +65,27 @@ class Saved(NamedTuple):
             scale=scale if needs_t else None,
         )
 
+    def flat(self) -> tuple[tuple[Tensor | None, ...], Form | None]:
+        """All as tensors, for autograd to watch; and the form of the NF4 weight whose tensors end them."""
+        weight = self.weight
+        if weight is None or isinstance(weight, Tensor):
+            return self, None  # type: ignore[return-value]
+        return (*self._replace(weight=None), *weight.tensors()), weight.form  # type: ignore[arg-type]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor | None], form: Form | None) -> Saved:
+        """What `flat` made flat."""
+        if form is None:
+            return Saved(*tensors)
+        count = len(Saved._fields)
+        weight = rebuilt(tensors[count:], form)  # type: ignore[arg-type]
+        return Saved(*tensors[:count])._replace(weight=weight)
+
 
 def forward(
     backend: Backend,
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -122,7 +141,7 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         lora_A: Tensor,
         lora_B: Tensor,
         bias: Tensor | None,
@@ -137,7 +156,8 @@ class LoRALinearFunction(torch.autograd.Function):
         # A tensor on ctx itself would escape autograd's check that nobody changed it in place.
         number, scale_tensor = split_scale(scale)
         p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
-        ctx.save_for_backward(*Saved.select(needs, x, weight, lora_A, lora_B, s, seed, scale_tensor))
+        tensors, ctx.form = Saved.select(needs, x, weight, lora_A, lora_B, s, seed, scale_tensor).flat()
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.needs = backend, needs
         ctx.constants = (number, p, precision, lora_A.dtype, None if bias is None else bias.dtype)
@@ -148,8 +168,16 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 9
-        dx, dA, dB, db = backward(ctx.backend, ctx.needs, Saved(*ctx.saved_tensors), dy, *ctx.constants)
+        dx, dA, dB, db = backward(ctx.backend, ctx.needs, Saved.of(ctx.saved_tensors, ctx.form), dy, *ctx.constants)
         return dx, None, dA, dB, db, None, None, None, None
+
+
+def rebuilt(tensors: Sequence[Tensor], form: Form) -> NF4Weight:
+    """The NF4 weight of tensors that autograd kept."""
+    # FSDP frees what it can gather again. A kernel would read whatever lies there now.
+    if tensors[0].untyped_storage().nbytes() < tensors[0].nbytes:
+        raise RuntimeError("weight's packed storage was freed between forward and backward, and not filled again")
+    return NF4Weight.of(tensors, form)
 
 
 def split_scale(scale: Scale) -> tuple[float, Tensor | None]:

@@ -2,6 +2,8 @@
 
 Eager calls do not come here: an operator call costs tens of microseconds of dispatch.
 
+A weight is a list of tensors: a dense one alone, with block size 0, or those of an NF4 weight.
+
 PyTorch's compile caches on disk know an operator by its name alone: one whose arguments change needs a new
 name with the next release.
 """
@@ -13,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.autograd import Needs, Saved, as_rows, backward, forward, split_scale
+from lora_kernels.autograd import Needs, Saved, as_rows, backward, forward, rebuilt, split_scale
 from lora_kernels.backends import Backend, Precision, Problem, Scale
 from lora_kernels.dispatch import BackendName, choose
 from lora_kernels.dropout import Dropout
+from lora_kernels.nf4 import NF4Weight
+from lora_kernels.weights import Weight
 
 
 def apply(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -37,14 +41,17 @@ def apply(
     number, scale_tensor = split_scale(scale)
     p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
     y: Tensor
-    y, _ = _forward(x, weight, lora_A, lora_B, bias, scale_tensor, number, seed, p, precision, backend)
+    if isinstance(weight, NF4Weight):
+        tensors, block_size = list(weight.tensors()), weight.block_size
+    else:
+        tensors, block_size = [weight], 0
+    y, _ = _forward(x, lora_A, lora_B, bias, scale_tensor, number, seed, p, precision, backend, block_size, tensors)
     return y
 
 
 @torch.library.custom_op("lora_kernels::forward", mutates_args=())
 def _forward(
     x: Tensor,
-    weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -54,11 +61,14 @@ def _forward(
     dropout_p: float,
     precision: str,
     backend: str,
+    block_size: int,
+    weight: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
+    out_features, in_features = lora_B.shape[0], x.shape[1]
     y, s = forward(
-        _backend(x.device, x.dtype, precision, x.shape[1], weight.shape[0], lora_A.shape[0], backend),
+        _backend(x.device, x.dtype, precision, in_features, out_features, lora_A.shape[0], block_size, backend),
         as_rows(x),
-        weight,
+        _weight(weight, block_size, out_features, in_features, x.dtype),
         lora_A,
         lora_B,
         bias,
@@ -74,7 +84,6 @@ def _forward(
 @_forward.register_fake
 def _(
     x: Tensor,
-    weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -84,16 +93,17 @@ def _(
     dropout_p: float,
     precision: str,
     backend: str,
+    block_size: int,
+    weight: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     s_dtype = torch.float32 if precision == "split" else x.dtype
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0], dtype=s_dtype)
+    return x.new_empty(x.shape[0], lora_B.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0], dtype=s_dtype)
 
 
 @torch.library.custom_op("lora_kernels::backward", mutates_args=())
 def _backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     s: Tensor | None,
@@ -108,11 +118,15 @@ def _backward(
     rank: int,
     adapter_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
+    block_size: int,
+    weight: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out_features = dy.shape[1]
+    base = _weight(weight, block_size, out_features, in_features, dy.dtype) if weight else None
     gradients = backward(
-        _backend(dy.device, dy.dtype, precision, in_features, dy.shape[1], rank, backend),
+        _backend(dy.device, dy.dtype, precision, in_features, out_features, rank, block_size, backend),
         Needs(*needs),
-        Saved(x, weight, lora_A, lora_B, s, seed, scale_tensor),
+        Saved(x, base, lora_A, lora_B, s, seed, scale_tensor),
         dy,
         scale,
         dropout_p,
@@ -128,7 +142,6 @@ def _backward(
 def _(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     s: Tensor | None,
@@ -143,6 +156,8 @@ def _(
     rank: int,
     adapter_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
+    block_size: int,
+    weight: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, out_features = dy.shape
     wanted = Needs(*needs)
@@ -155,23 +170,36 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, lora_A, lora_B, bias, scale_tensor, scale, seed, dropout_p, precision, backend = inputs
-    wanted = ctx.needs_input_grad
-    needs = Needs(wanted[0], wanted[2], wanted[3], wanted[4])
-    ctx.save_for_backward(*Saved.select(needs, x, weight, lora_A, lora_B, output[1], seed, scale_tensor))
+    x, lora_A, lora_B, bias, scale_tensor, scale, seed, dropout_p, precision, backend, block_size, weight = inputs
+    # The weight comes last because autograd sees each of its tensors as an argument.
+    needs = Needs(*ctx.needs_input_grad[:4])
+    saved = Saved.select(needs, x, None, lora_A, lora_B, output[1], seed, scale_tensor)
+    ctx.save_for_backward(*saved, *(weight if needs.x else ()))  # type: ignore[misc]
+    ctx.base = (block_size, len(weight))
     ctx.constants = (scale, dropout_p, precision, backend, list(needs))
     ctx.shape = (x.shape[1], lora_A.shape[0])
     ctx.dtypes = (lora_A.dtype, None if bias is None else bias.dtype)
 
 
-def _compose(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = _backward(dy, *ctx.saved_tensors, *ctx.constants, *ctx.shape, *ctx.dtypes)
+def _compose(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | list[None] | None, ...]:
+    count = len(Saved._fields)
+    x, _, *others = ctx.saved_tensors[:count]
+    weight = list(ctx.saved_tensors[count:])
+    block_size, parts = ctx.base
+    gradients = _backward(dy, x, *others, *ctx.constants, *ctx.shape, *ctx.dtypes, block_size, weight)
     needs = ctx.constants[-1]
     dx, dA, dB, db = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return (dx, None, dA, dB, db, None, None, None, None, None, None)
+    return (dx, dA, dB, db, None, None, None, None, None, None, None, [None] * parts)
 
 
 _forward.register_autograd(_compose, setup_context=_setup_context)
+
+
+def _weight(tensors: list[Tensor], block_size: int, out_features: int, in_features: int, dtype: torch.dtype) -> Weight:
+    """The weight that was taken apart, because an operator takes nothing but tensors and numbers."""
+    if block_size == 0:
+        return tensors[0]
+    return rebuilt(tensors, (block_size, torch.Size((out_features, in_features)), dtype))
 
 
 def _backend(
@@ -181,7 +209,9 @@ def _backend(
     in_features: int,
     out_features: int,
     rank: int,
+    block_size: int,
     name: str,
 ) -> Backend:
-    problem = Problem.of(device, dtype, precision, in_features, out_features, rank)  # type: ignore[arg-type]
+    nf4 = block_size > 0
+    problem = Problem.of(device, dtype, precision, in_features, out_features, rank, nf4)  # type: ignore[arg-type]
     return choose(problem, name).backend  # type: ignore[arg-type]

@@ -9,11 +9,13 @@ from lora_kernels.autograd import LoRALinearFunction, as_rows, forward
 from lora_kernels.backends import BASE_DTYPES, MAX_RANK, Precision, Problem, Scale, tf32_allowed
 from lora_kernels.dispatch import BackendName, Choice, choose, requested
 from lora_kernels.dropout import Dropout, inverse_keep
+from lora_kernels.nf4 import NF4Weight
+from lora_kernels.weights import Weight
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -33,7 +35,8 @@ def lora_linear(
 
     Args:
         x: [..., K], in bfloat16, float16 or float32; any strides, empty batches included.
-        weight: [N, K], in x's dtype, frozen.
+        weight: [N, K], in x's dtype, frozen; or an NF4Weight, which is decoded to x's dtype, whatever it was
+            quantized from, and to the same bits in the backward.
         lora_A: [r, K], in x's dtype or float32; r from 1 to 512.
         lora_B: [N, r], in lora_A's dtype.
         scaling: alpha / r as a rule; an int or a float, or a real tensor of one element, of any shape, on x's
@@ -86,7 +89,7 @@ def lora_linear(
 
 def explain(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -107,8 +110,8 @@ def explain(
 
 
 def _unify_dtypes(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Precision]:
+    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Weight, Tensor, Tensor, Tensor | None, Precision]:
     """The tensors in the dtypes in which they meet, and how the adapters meet the base."""
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type):
@@ -117,7 +120,8 @@ def _unify_dtypes(
     # What is float32 of these stays so, and is rounded where it is used: its gradient is then never rounded.
     lora_A, lora_B = (_autocast(t, dtype, keep_float32=True) for t in (lora_A, lora_B))
     bias = None if bias is None else _autocast(bias, dtype, keep_float32=True)
-    x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+    x = _autocast(x, dtype)
+    weight = weight if isinstance(weight, NF4Weight) else _autocast(weight, dtype)
     return x, weight, lora_A, lora_B, bias, "native" if lora_A.dtype == dtype else "rounded"
 
 
@@ -139,7 +143,7 @@ _choices: dict[tuple[object, ...], Choice] = {}
 
 def _cached_choice(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -152,6 +156,7 @@ def _cached_choice(
         x.shape[-1:],
         x.dtype,
         x.device,
+        isinstance(weight, NF4Weight),
         weight.shape,
         weight.dtype,
         weight.device,
@@ -178,9 +183,10 @@ def _cached_choice(
     return choice
 
 
-def _describe(x: Tensor, weight: Tensor, lora_A: Tensor, precision: Precision) -> Problem:
+def _describe(x: Tensor, weight: Weight, lora_A: Tensor, precision: Precision) -> Problem:
     out_features, in_features = weight.shape
-    return Problem.of(x.device, x.dtype, precision, in_features, out_features, lora_A.shape[0])
+    nf4 = isinstance(weight, NF4Weight)
+    return Problem.of(x.device, x.dtype, precision, in_features, out_features, lora_A.shape[0], nf4)
 
 
 def _require(
@@ -193,8 +199,11 @@ def _require(
     dropout_p: object,
 ) -> None:
     for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
-        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
-            raise TypeError(f"{name} was {_kind(value)}, but must be a tensor{' or None' if name == 'bias' else ''}")
+        if not isinstance(value, Tensor) and not (
+            (name == "weight" and isinstance(value, NF4Weight)) or (name == "bias" and value is None)
+        ):
+            or_else = {"weight": " or an NF4Weight", "bias": " or None"}.get(name, "")
+            raise TypeError(f"{name} was {_kind(value)}, but must be a tensor{or_else}")
     if not isinstance(scaling, Tensor) and not is_number(scaling):
         raise TypeError(f"scaling was {_kind(scaling)}, but must be an int, a float or a tensor of one element")
     if not is_number(dropout_p):
@@ -215,7 +224,7 @@ def _kind(value: object) -> str:
 
 def _check(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -239,7 +248,7 @@ def _check(
         raise ValueError(f"bias had shape {_shape(bias)}, but must be [{out_features}]")
     if x.dtype not in BASE_DTYPES:
         raise TypeError(f"x was {x.dtype}, but must be one of {', '.join(map(str, BASE_DTYPES))}")
-    if weight.dtype != x.dtype:
+    if weight.dtype != x.dtype and not isinstance(weight, NF4Weight):
         raise TypeError(f"weight was {weight.dtype}, but must have x's dtype, {x.dtype}")
     if lora_A.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"lora_A was {lora_A.dtype}, but must be {x.dtype}, as x is, or torch.float32")
@@ -266,5 +275,5 @@ def _check(
         raise ValueError(f"dropout_p was {dropout_p}, but must be from 0 to 1")
 
 
-def _shape(tensor: Tensor) -> list[int]:
+def _shape(tensor: Weight) -> list[int]:
     return list(tensor.shape)

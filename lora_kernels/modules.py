@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from lora_kernels.autograd import outside_autocast
 from lora_kernels.backends import BASE_DTYPES, MAX_RANK
 from lora_kernels.functional import is_number, lora_linear
+from lora_kernels.loftq import loftq
+from lora_kernels.nf4 import NF4Weight
+from lora_kernels.weights import dense
 
 
 class LoRALinear(nn.Module):
@@ -23,6 +27,11 @@ class LoRALinear(nn.Module):
     A state_dict is that of the layer in training, merged or not: it holds the frozen weight without the
     adapter. Loading one into a merged layer unmerges it first.
 
+    With quantize="nf4" the frozen weight is an NF4Weight: W is then what it decodes to in x's dtype. It is no
+    parameter: .to(device) moves it, .to(dtype) leaves it as it is, and a state_dict has it under bitsandbytes'
+    keys. While such a layer is merged it holds a dense weight beside, because a merged weight in 4 bits would
+    round the adapter away.
+
     Args:
         in_features, out_features: K and N; the frozen weight is [N, K].
         r: the rank, from 1 to 512.
@@ -32,15 +41,17 @@ class LoRALinear(nn.Module):
         use_rslora: divide alpha by sqrt(r).
         device, dtype: of the frozen weight and bias; the dtype is bfloat16, float16 or float32.
         adapter_dtype: of lora_A and lora_B: `dtype` (also where None) or float32.
+        quantize: "nf4", or None for a dense frozen weight.
+        block_size, double_quant: as for NF4Weight.quantize.
     Raises:
-        ValueError: the rank or the dropout probability is out of range.
+        ValueError: the rank or the dropout probability is out of range, or quantize or block_size is unknown.
         TypeError: a dtype, the rank, alpha or the dropout probability is of the wrong kind.
 
     Sources: Hu et al., "LoRA", ICLR 2022; Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning
     with LoRA", 2023.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | NF4Weight
     bias: nn.Parameter | None
 
     def __init__(
@@ -56,11 +67,15 @@ class LoRALinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        quantize: Literal["nf4"] | None = None,
+        block_size: int = 64,
+        double_quant: bool = True,
     ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         adapter_dtype = adapter_dtype or dtype
         _check(r, alpha, dropout, dtype, adapter_dtype)
+        _check_quantize(quantize)
         self.in_features, self.out_features = in_features, out_features
         self.r, self.alpha, self.dropout, self.use_rslora = r, alpha, dropout, use_rslora
         self.scaling: float = alpha / (math.sqrt(r) if use_rslora else r)
@@ -71,8 +86,10 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=adapter_dtype))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, device=device, dtype=adapter_dtype))
         # The weight as it was before a merge: subtracting what was added would not give its bits back.
-        self._unmerged: Tensor | None = None
+        self._unmerged: Tensor | NF4Weight | None = None
         self.reset_parameters()
+        if quantize:
+            self._set_weight(NF4Weight.quantize(self.weight, block_size, double_quant))
 
     @classmethod
     def from_linear(
@@ -84,21 +101,36 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        quantize: Literal["nf4"] | None = None,
+        block_size: int = 64,
+        double_quant: bool = True,
+        init: Literal["default", "loftq"] = "default",
+        loftq_steps: int = 5,
     ) -> LoRALinear:
         """The layer with `linear`'s own weight and bias (shared, not copied, and frozen) and a fresh adapter.
 
-        Sharing goes both ways: while this layer is merged, so is the weight of `linear`.
+        Sharing goes both ways: while this layer is merged, so is the weight of `linear`. With quantize="nf4"
+        the weight is quantized, and only the bias is shared.
 
         Args:
             linear: the layer to adapt; its parameters stop requiring gradients.
-            r, alpha, dropout, use_rslora, adapter_dtype: as for LoRALinear.
+            r, alpha, dropout, use_rslora, adapter_dtype, quantize, block_size, double_quant: as for LoRALinear.
+            init: "default", or with quantize="nf4" "loftq": the adapter starts as the best approximation of what
+                quantization lost, and not at zero.
+            loftq_steps: how often LoftQ quantizes and approximates in turns.
         Raises:
             TypeError: `linear` is not a torch.nn.Linear, or its weight is quantized, sharded or else not a
                 plain matrix of bfloat16, float16 or float32.
-            ValueError, TypeError: as for LoRALinear.
+            ValueError: `init` is unknown, or "loftq" without quantize="nf4" or with an alpha that is not above 0.
+            ValueError, TypeError: as for LoRALinear, and for NF4Weight.quantize.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear was a {type(linear).__name__}, but must be a torch.nn.Linear")
+        _check_quantize(quantize)
+        if init not in ("default", "loftq"):
+            raise ValueError(f"init was {init!r}, but must be 'default' or 'loftq'")
+        if init == "loftq" and quantize is None:
+            raise ValueError("init was 'loftq', but quantize was None, so that nothing is lost which it could restore")
         weight, bias = linear.weight, linear.bias
         shape = (linear.out_features, linear.in_features)
         if type(weight) is not nn.Parameter or weight.dtype not in BASE_DTYPES or weight.shape != shape:
@@ -126,15 +158,34 @@ class LoRALinear(nn.Module):
             adapter = getattr(layer, name)
             setattr(layer, name, nn.Parameter(torch.empty_like(adapter, device=weight.device)))
         layer._reset_adapter()
+        if init == "loftq":
+            quantized, lora_A, lora_B = loftq(weight, r, layer.scaling, block_size, double_quant, loftq_steps)
+            layer._set_weight(quantized)
+            # Where the weight has fewer singular values than r, the rest of the adapter starts as LoRA does.
+            layer.lora_A.data[: len(lora_A)] = lora_A
+            layer.lora_B.data[:, : len(lora_A)] = lora_B
+        elif quantize:
+            layer._set_weight(NF4Weight.quantize(weight, block_size, double_quant))
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
         """Draws weight and bias as torch.nn.Linear does, and the adapter as LoRA starts."""
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
-        nn.init.uniform_(self.weight, -bound, bound)
+        if isinstance(self.weight, NF4Weight):
+            drawn = torch.empty(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
+            self.weight = NF4Weight.quantize(
+                drawn.uniform_(-bound, bound), self.weight.block_size, self.weight.double_quant
+            )
+        else:
+            nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
         self._reset_adapter()
+
+    def _set_weight(self, weight: Tensor | NF4Weight) -> None:
+        # A name that is a parameter's takes no other attribute, nor the reverse.
+        del self.weight
+        self.weight = weight if isinstance(weight, NF4Weight) else nn.Parameter(weight, requires_grad=False)
 
     def _reset_adapter(self) -> None:
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -142,7 +193,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
-            return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
         return lora_linear(
             x,
             self.weight,
@@ -168,7 +219,7 @@ class LoRALinear(nn.Module):
     def merge(self, safe: bool = False) -> None:
         """W <- W + scaling * B A in place, after which the layer costs what a plain linear does.
 
-        Merging twice is merging once.
+        Merging twice is merging once. An NF4 weight is decoded, and the sum held densely in its dtype beside it.
 
         Args:
             safe: look at the merged weight first, and leave the layer as it was if it is not finite.
@@ -177,44 +228,103 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             return
-        merged = (self.weight.detach().float() + self.delta_weight()).to(self.weight.dtype)
+        base = self.weight
+        merged = (dense(base, base.dtype).detach().float() + self.delta_weight()).to(base.dtype)
         if safe and not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 "lora_A, lora_B had values that make the merged weight NaN or infinite; nothing was merged"
             )
-        self._unmerged = self.weight.detach().clone()
-        self.weight.data.copy_(merged)
+        if isinstance(base, NF4Weight):
+            self._unmerged = base
+            self._set_weight(merged)
+        else:
+            self._unmerged = base.detach().clone()
+            base.data.copy_(merged)
 
     def unmerge(self) -> None:
         """Puts the weight's own bits back."""
-        if self._unmerged is not None:
+        if isinstance(self._unmerged, NF4Weight):
+            self._set_weight(self._unmerged)
+        elif self._unmerged is not None:
+            assert not isinstance(self.weight, NF4Weight)
             self.weight.data.copy_(self._unmerged)
-            self._unmerged = None
+        self._unmerged = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._unmerged is not None:
+        if isinstance(self.weight, NF4Weight):
+            self.weight = _moved(self.weight, fn)
+        if isinstance(self._unmerged, NF4Weight):
+            self._unmerged = _moved(self._unmerged, fn)
+        elif self._unmerged is not None:
             self._unmerged = fn(self._unmerged)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._unmerged is not None:
-            # With the merged weight beside the adapter, whoever loads both would apply the adapter twice.
-            destination[prefix + "weight"] = self._unmerged
+        # With the merged weight beside the adapter, whoever loads both would apply the adapter twice.
+        base = self.weight if self._unmerged is None else self._unmerged
+        if isinstance(base, NF4Weight):
+            destination.update(base.state_dict(prefix + "weight"))
+        elif self._unmerged is not None:
+            destination[prefix + "weight"] = base
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
+        key = prefix + "weight"
+        if isinstance(self.weight, NF4Weight):
+            if key in state_dict:
+                assign = bool(local_metadata.get("assign_to_params_buffers"))
+                try:
+                    self.weight = self._loaded(self.weight, state_dict, key, assign)
+                except ValueError as error:
+                    # What is wrong with one of a layer's tensors keeps all of them out.
+                    error_msgs.append(str(error))
+                    return
+            elif strict:
+                missing_keys.append(key)
+        unexpected: list[str] = []
+        others = (local_metadata, strict, missing_keys, unexpected, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *others)  # type: ignore[no-untyped-call]
+        nf4 = isinstance(self.weight, NF4Weight)
+        unexpected_keys += [k for k in unexpected if not (nf4 and (k == key or k.startswith(key + ".")))]
+
+    @staticmethod
+    def _loaded(present: NF4Weight, state: Mapping[str, Any], key: str, assign: bool) -> NF4Weight:
+        loaded = NF4Weight.from_state_dict(state, key, None if assign else present.device)
+        if loaded.shape != present.shape:
+            raise ValueError(f"state[{key!r}] was {list(loaded.shape)}, but must be {list(present.shape)}")
+        return loaded if assign else NF4Weight.of([t.clone() for t in loaded.tensors()], loaded.form)
 
     def extra_repr(self) -> str:
+        base = self.weight if self._unmerged is None else self._unmerged
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"alpha={self.alpha}, dropout={self.dropout}, bias={self.bias is not None}, merged={self.merged}"
+            f"{', quantize=nf4' if isinstance(base, NF4Weight) else ''}"
         )
 
 
+def _moved(weight: NF4Weight, fn: Any) -> NF4Weight:
+    """The weight on the device to which `fn` moves tensors; fn itself might cast the scales to another dtype."""
+    return weight.to(fn(weight.packed[:0]).device)
+
+
 _BASE_NAMES = ", ".join(map(str, BASE_DTYPES))
+
+
+def _check_quantize(quantize: str | None) -> None:
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize was {quantize!r}, but must be 'nf4' or None")
 
 
 def _check(r: int, alpha: float, dropout: float, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dropout import inverse_keep
+from lora_kernels.weights import Weight, dense
 
 
 def lora_linear_reference(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -28,7 +29,7 @@ def lora_linear_reference(
 
     Args:
         x: [..., K].
-        weight: [N, K].
+        weight: [N, K]; an NF4Weight is decoded to x's dtype.
         lora_A: [r, K].
         lora_B: [N, r].
         bias: [N] or None.
@@ -39,7 +40,7 @@ def lora_linear_reference(
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, equation 3.
     """
-    y = x @ weight.T
+    y = x @ dense(weight, x.dtype).T
     dropped = x if keep is None else _drop(x, keep, dropout_p)
     y = y + scaling * ((dropped @ lora_A.T) @ lora_B.T)
     return y if bias is None else y + bias

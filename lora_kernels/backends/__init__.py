@@ -1,6 +1,7 @@
 """What a backend is: a record of functions on plain two-dimensional tensors. Autograd takes it as data.
 
 In all of them x is [M, K], weight [N, K], lora_A [r, K], lora_B [N, r], dy [M, N]; S and T are [M, r].
+The weight is dense, in x's dtype, or NF4: then W is what it decodes to in the dtype of x or dy, which is one.
 `scale` is scaling / (1 - p): a mask is then a mask, and no kernel multiplies by 1 / (1 - p) again:
 
     S  = scale * mask(x) A^T        y  = x W^T + S B^T + b
@@ -14,12 +15,15 @@ multiplies: a GPU rounds it to 16 bits first.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dropout import Dropout
+
+if TYPE_CHECKING:
+    from lora_kernels.weights import Weight
 
 # How adapters meet a base of another dtype. "native": they have the base's dtype. "rounded": float32
 # adapters, rounded to the base's dtype where they are used, as autocast does. "split": float32 adapters over
@@ -51,6 +55,7 @@ class Problem:
     out_features: int
     rank: int
     tf32: bool = False
+    nf4: bool = False
 
     @staticmethod
     def of(
@@ -60,17 +65,18 @@ class Problem:
         in_features: int,
         out_features: int,
         rank: int,
+        nf4: bool = False,
     ) -> Problem:
         """The problem under PyTorch's present settings: TF32 only matters to float32."""
         tf32 = dtype == torch.float32 and tf32_allowed()
-        return Problem(device, dtype, precision, in_features, out_features, rank, tf32)
+        return Problem(device, dtype, precision, in_features, out_features, rank, tf32, nf4)
 
 
 class Forward(Protocol):
     def __call__(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         lora_A: Tensor,
         lora_B: Tensor,
         bias: Tensor | None,
@@ -85,7 +91,7 @@ class BackwardInput(Protocol):
     def __call__(
         self,
         dy: Tensor,
-        weight: Tensor | None,
+        weight: Weight | None,
         lora_A: Tensor | None,
         lora_B: Tensor,
         scale: Scale,

@@ -1,6 +1,7 @@
 """The best that a chain of library matrix products can do. Runs on any device.
 
-S is computed once and kept, S B^T is accumulated into the output in place, and dY B is computed once.
+S is computed once and kept, S B^T is accumulated into the output in place, and dY B is computed once. An NF4
+weight is decoded into a temporary for each of the two products that it is in.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from lora_kernels.backends import Backend, Precision, Problem, Scale
 from lora_kernels.dropout import Dropout
+from lora_kernels.weights import Weight, dense
 
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -26,13 +28,13 @@ def forward(
     """y = x W^T + S B^T + b and S = scale * mask(x) A^T."""
     s = _masked(x, dropout).to(_branch_dtype(x, precision)) @ _branch(lora_A, x, precision).T
     s *= scale
-    y = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
+    y = _linear(x, dense(weight, x.dtype), bias)
     return _accumulate(y, s, _branch(lora_B, x, precision).T), s if want_s else None
 
 
 def backward_input(
     dy: Tensor,
-    weight: Tensor | None,
+    weight: Weight | None,
     lora_A: Tensor | None,
     lora_B: Tensor,
     scale: Scale,
@@ -47,7 +49,7 @@ def backward_input(
         return None, t
     assert weight is not None
     assert lora_A is not None
-    dx = dy @ weight
+    dx = dy @ dense(weight, dy.dtype)
     up = _branch(lora_A, dy, precision)
     if dropout is None:
         return _accumulate(dx, t, up), t
@@ -68,6 +70,10 @@ def backward_adapters(
     dA = None if t is None or x is None else _product(t.T, _masked(x, dropout), dtype)
     dB = None if s is None else _product(dy.T, s, dtype)
     return dA, dB
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
 
 
 def _masked(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -103,7 +109,8 @@ def _never(problem: Problem) -> str | None:
 
 
 def _describe(problem: Problem) -> str | None:
-    return "library matrix products: 3 forward, 5 backward"
+    products = "library matrix products: 3 forward, 5 backward"
+    return f"{products}; the NF4 weight is decoded into a temporary before one of each" if problem.nf4 else products
 
 
 BACKEND = Backend("eager", _never, _never, forward, backward_input, backward_adapters, _describe)

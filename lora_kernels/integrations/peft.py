@@ -12,14 +12,8 @@ from typing import Any
 from peft.tuners import lora
 from torch import nn
 
-from lora_kernels.integrations.peft_contract import check_peft
-from lora_kernels.integrations.peft_layer import Linear, has_own_forward, why_not_fused
-
-# PEFT's class -> the fused one. Only these exact classes: a subclass of somebody else has a reason to exist.
-_FUSED: dict[type, type] = {lora.Linear: Linear}
-_STOCK = {fused: stock for stock, fused in _FUSED.items()}
-# PEFT classes that are planned for, by name because they exist only where their quantization library does.
-_NOT_YET = {"Linear4bit": "its NF4 base needs the NF4 kernels"}
+from lora_kernels.integrations.peft_contract import check_linear4bit, check_peft
+from lora_kernels.integrations.peft_layer import Linear, has_own_forward, is_fused, why_not_fused
 
 # By name: torch.distributed and torch._dynamo need not be imported, or even exist, to know their wrappers.
 _WRAPPERS = {
@@ -176,7 +170,7 @@ def revert_lora_kernels(model: nn.Module) -> int:
         ValueError: model, or a part of it, is wrapped by DistributedDataParallel, FSDP or torch.compile; or a
             fused layer's forward is wrapped by a hook of accelerate, which would go on calling the fused one.
     """
-    fused = {name: m for name, m in _lora_layers(model, "revert_lora_kernels").items() if type(m) in _STOCK}
+    fused = {name: m for name, m in _lora_layers(model, "revert_lora_kernels").items() if is_fused(m)}
     for name, layer in fused.items():
         if has_own_forward(layer):
             raise ValueError(
@@ -184,20 +178,35 @@ def revert_lora_kernels(model: nn.Module) -> int:
                 "remove accelerate's hooks first"
             )
     for layer in fused.values():
-        _set_class(layer, _STOCK[type(layer)])
+        _set_class(layer, type(layer).__bases__[0])
     return len(fused)
 
 
 def _fuse(layer: nn.Module) -> str | None:
     """Swap the class of a layer where there is a fused one; says why the layer would not run fused."""
-    kind = type(layer)
-    if kind in _FUSED:
+    if not is_fused(layer):
+        fused = _fused_class(type(layer))
+        if isinstance(fused, str):
+            return fused
         if has_own_forward(layer):
             return "its forward is replaced on the instance already, for example by a hook of accelerate"
-        _set_class(layer, _FUSED[kind])
-    elif kind not in _STOCK:
-        return _NOT_YET.get(kind.__name__, f"lora.{kind.__name__} has no fused kernel")
+        _set_class(layer, fused)
     return why_not_fused(layer)
+
+
+def _fused_class(kind: type) -> type | str:
+    """The fused class of one of PEFT's, or why there is none.
+
+    Only of these exact classes: a subclass of somebody else has a reason to exist.
+    """
+    if kind is lora.Linear:
+        return Linear
+    # By name: the class exists only where bitsandbytes does, which is not imported before a layer needs it.
+    if (kind.__module__, kind.__name__) == ("peft.tuners.lora.bnb", "Linear4bit"):
+        from lora_kernels.integrations import peft_nf4
+
+        return check_linear4bit() or peft_nf4.Linear4bit
+    return f"lora.{kind.__name__} has no fused kernel"
 
 
 def _set_class(layer: nn.Module, kind: type) -> None:
@@ -210,8 +219,9 @@ def _fusing(create: Any) -> Any:
     @functools.wraps(create)
     def create_fused(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         module: nn.Module = create(lora_config, adapter_name, target, **kwargs)
-        if type(module) in _FUSED:
-            _set_class(module, _FUSED[type(module)])
+        fused = _fused_class(type(module))
+        if isinstance(fused, type):
+            _set_class(module, fused)
         return module
 
     create_fused._fuses_lora = True  # type: ignore[attr-defined]

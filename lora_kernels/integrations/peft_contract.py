@@ -24,6 +24,8 @@ _FORWARD_NAMES = {
     *("base_layer", "disable_adapters", "dtype", "forward", "keys", "lora_A", "lora_B", "lora_dropout"),
     *("lora_variant", "merged", "pop", "scaling", "to", "unmerge", "weight"),
 }
+# The same of lora.Linear4bit.forward.
+_FORWARD_4BIT_NAMES = _FORWARD_NAMES | {"clone", "is_autocast_enabled", "torch"}
 _CREATE_PARAMETERS = ["lora_config", "adapter_name", "target", "kwargs"]
 _FORWARD_PARAMETERS = ["self", "x", "args", "kwargs"]
 _MINIMUM = (0, 18)
@@ -49,6 +51,48 @@ def check_peft() -> None:
     # What PEFT draws to initialise the layer must not move the stream of a script that was seeded.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         _check_equation()
+
+
+@cache
+def check_linear4bit() -> str | None:
+    """What is different about lora.Linear4bit in the installed PEFT and bitsandbytes; None if nothing is.
+
+    No error: its layers then run PEFT's own code, and the others fused.
+    """
+    difference = sorted(_names(lora.Linear4bit.forward.__code__) ^ _FORWARD_4BIT_NAMES)
+    if difference:
+        return f"lora.Linear4bit.forward of peft {peft.__version__} uses other names: {', '.join(difference)}"
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        return _check_equation_4bit()
+
+
+def _check_equation_4bit() -> str | None:
+    """As _check_equation, over an NF4 base of 64 x 32; the bias is bitsandbytes' to cast."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    torch.manual_seed(0)
+    base = Linear4bit(64, 32, compute_dtype=torch.bfloat16, quant_type="nf4")
+    weight = base.weight.data.to(torch.bfloat16)
+    base.weight = Params4bit(weight, quant_type="nf4", module=base).to("cpu")
+    model = nn.Sequential(base)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    config = peft.LoraConfig(r=2, lora_alpha=3, lora_dropout=0.5, lora_bias=True, target_modules=["0"])
+    layer = peft.inject_adapter_in_model(config, model)[0]
+    lora_A, lora_B = layer.lora_A["default"].float(), layer.lora_B["default"].float()
+    nn.init.normal_(lora_B.weight)
+    nn.init.normal_(lora_B.bias)
+    layer.scaling["default"] = 0.7
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    for dropout_p in (0.0, 0.5):
+        # Not by eval(): in it, bitsandbytes repacks the base weight on some CPUs, and rounds its scales.
+        layer.lora_dropout["default"].p = dropout_p
+        torch.manual_seed(1)
+        result = lora.Linear4bit.forward(layer, x)
+        torch.manual_seed(1)
+        branch = lora_B(lora_A(F.dropout(x.float(), dropout_p))) * 0.7
+        if not torch.equal(result, base(x) + branch.to(torch.bfloat16)):
+            return f"lora.Linear4bit.forward of peft {peft.__version__} computes another equation than it did"
+    return None
 
 
 def _check_equation() -> None:

@@ -11,10 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.backends import MAX_RANK
 from lora_kernels.functional import lora_linear
+from lora_kernels.weights import Weight
 
 _BASES = (nn.Linear, Conv1D)
 _DROPOUTS = (nn.Dropout, nn.Identity)
-_TENSORS = (nn.Parameter, Tensor)
+PLAIN = (nn.Parameter, Tensor)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -30,16 +31,26 @@ class Linear(lora.Linear):  # type: ignore[misc]
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        operands = None if args or kwargs else _operands(self, x)
-        if isinstance(operands, _Operands):
-            return _fused_forward(self, x, operands)
+        operands = None if args or kwargs else operands_of(self, x)
+        if isinstance(operands, Operands):
+            return fused_forward(self, x, operands)
         result: Tensor = super().forward(x, *args, **kwargs)
         return result
 
+    @staticmethod
+    def _read_base(base: nn.Module, x: Tensor | None) -> Base | str:
+        """The base layer for an input, None if there is none yet, or why the fused forward must not run."""
+        return _dense_base(base, x)
 
-def why_not_fused(layer: lora.Linear) -> str | None:
+
+def is_fused(layer: nn.Module) -> bool:
+    """Whether the layer is of a fused class; each is a direct subclass of PEFT's."""
+    return hasattr(type(layer), "_read_base")
+
+
+def why_not_fused(layer: lora.LoraLayer) -> str | None:
     """Why the layer, as it and autocast stand now, would run PEFT's own forward; None where it runs fused."""
-    operands = _operands(layer, None)
+    operands = operands_of(layer, None)
     return operands if isinstance(operands, str) else None
 
 
@@ -54,15 +65,24 @@ class _Adapter(NamedTuple):
     dropout_p: float
 
 
-class _Operands(NamedTuple):
-    """What the fused forward works on; weight is [N, K]."""
+class Base(NamedTuple):
+    """A base layer as the fused forward takes it: W [N, K], and the dtype in which x W^T is computed."""
 
-    weight: Tensor
+    weight: Weight
+    bias: Tensor | None
+    product: torch.dtype
+    autocast: bool
+
+
+class Operands(NamedTuple):
+    """What the fused forward works on."""
+
+    weight: Weight
     bias: Tensor | None
     adapters: list[_Adapter]
 
 
-def _operands(layer: lora.Linear, x: Tensor | None) -> _Operands | str:
+def operands_of(layer: lora.LoraLayer, x: Tensor | None) -> Operands | str:
     """What the fused forward works on, or why it must not run. Every call passes here: it must stay cheap."""
     if layer.disable_adapters:
         return "its adapters are disabled"
@@ -70,14 +90,34 @@ def _operands(layer: lora.Linear, x: Tensor | None) -> _Operands | str:
         return f"adapters are merged into its base weight: {', '.join(layer.merged_adapters)}"
     # A registered module is found in a fifth of the time that an attribute of a Module takes.
     modules = layer._modules
-    base = modules["base_layer"]
+    base = layer._read_base(modules["base_layer"], x)
+    if isinstance(base, str):
+        return base
+    weight, bias, product, autocast = base
+    device = weight.device
+    adapters = []
+    for name in layer.active_adapters:
+        if name in modules["lora_A"]:
+            adapter = _adapter(layer, name, device, product, autocast)
+            if isinstance(adapter, str):
+                return f"adapter {name!r} {adapter}"
+            adapters.append(adapter)
+    if not adapters:
+        return "it has none of the active adapters"
+    rank = sum(adapter.A.shape[0] for adapter in adapters)
+    if rank > MAX_RANK:
+        return f"the ranks of its active adapters add up to {rank}, more than {MAX_RANK}"
+    return Operands(weight, bias, adapters)
+
+
+def _dense_base(base: Any, x: Tensor | None) -> Base | str:
     if type(base) not in _BASES:
         return f"its base layer is a {type(base).__name__}, not an nn.Linear or a Conv1D"
-    if _is_hooked(base):
+    if is_hooked(base):
         return "its base layer has hooks"
     weight, bias = base.weight, base.bias
-    if not _is_plain(weight, 2) or not (bias is None or _is_plain(bias, 1)):
-        return f"its base weight or bias is not a plain tensor: {_describe(weight)}, {_describe(bias)}"
+    if not is_plain(weight, 2) or not (bias is None or is_plain(bias, 1)):
+        return f"its base weight or bias is not a plain tensor: {describe(weight)}, {describe(bias)}"
     if weight.requires_grad:
         return "its base weight is trained"
     device, dtype = weight.device, weight.dtype
@@ -91,30 +131,17 @@ def _operands(layer: lora.Linear, x: Tensor | None) -> _Operands | str:
     if bias is not None and bias.dtype != dtype and not autocast:
         return f"its base weight is {dtype}, its bias {bias.dtype}, and there is no autocast"
     if x is not None:
-        if type(x) not in _TENSORS:
+        if type(x) not in PLAIN:
             return f"the input is a {type(x).__name__}, not a plain tensor"
         if x.device != device:
             return f"the input is on {x.device}, its base weight on {device}"
         if x.dtype != dtype and not (autocast and x.dtype in _DTYPES):
             return f"the input is {x.dtype}, its base weight {dtype}"
-
-    adapters = []
-    for name in layer.active_adapters:
-        if name in modules["lora_A"]:
-            adapter = _adapter(layer, name, device, product, autocast)
-            if isinstance(adapter, str):
-                return f"adapter {name!r} {adapter}"
-            adapters.append(adapter)
-    if not adapters:
-        return "it has none of the active adapters"
-    rank = sum(adapter.A.shape[0] for adapter in adapters)
-    if rank > MAX_RANK:
-        return f"the ranks of its active adapters add up to {rank}, more than {MAX_RANK}"
-    return _Operands(weight.T if type(base) is Conv1D else weight, bias, adapters)
+    return Base(weight.T if type(base) is Conv1D else weight, bias, product, autocast)
 
 
 def _adapter(
-    layer: lora.Linear, name: str, device: torch.device, product: torch.dtype, autocast: bool
+    layer: lora.LoraLayer, name: str, device: torch.device, product: torch.dtype, autocast: bool
 ) -> _Adapter | str:
     """The operands of one adapter, or what it is that the fused forward does not take."""
     if name in layer.lora_variant:
@@ -124,11 +151,11 @@ def _adapter(
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or type(dropout) not in _DROPOUTS:
         kinds = ", ".join(type(module).__name__ for module in (lora_A, lora_B, dropout))
         return f"is not made of nn.Linear and nn.Dropout: {kinds}"
-    if _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
+    if is_hooked(lora_A) or is_hooked(lora_B) or is_hooked(dropout):
         return "has hooks on lora_A, lora_B or lora_dropout"
     A, B, scaling = lora_A.weight, lora_B.weight, layer.scaling[name]
-    if not _is_plain(A, 2) or not _is_plain(B, 2):
-        return f"has weights that are not plain matrices: {_describe(A)}, {_describe(B)}"
+    if not is_plain(A, 2) or not is_plain(B, 2):
+        return f"has weights that are not plain matrices: {describe(A)}, {describe(B)}"
     if A.device != device or B.device != device:
         return f"is on {A.device} and {B.device}, the base weight on {device}"
     if isinstance(scaling, Tensor) and scaling.device != device:
@@ -141,7 +168,8 @@ def _adapter(
     return _Adapter(name, A, B, lora_B.bias, scaling, p)
 
 
-def _fused_forward(layer: lora.Linear, x: Tensor, operands: _Operands) -> Tensor:
+def fused_forward(layer: lora.LoraLayer, x: Tensor, operands: Operands) -> Tensor:
+    """The base and all adapters, in one call of lora_linear where no second adapter drops anything."""
     weight, bias, adapters = operands
     # Masks differ from adapter to adapter, so only adapters without one can share a pass over x.
     dropped = any(adapter.dropout_p for adapter in adapters)
@@ -177,7 +205,8 @@ def has_own_forward(module: nn.Module) -> bool:
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -187,10 +216,11 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(tensor: Tensor, dim: int) -> bool:
+def is_plain(tensor: Tensor, dim: int) -> bool:
     """Neither a DTensor or another subclass, nor a flat shard or the empty placeholder of ZeRO-3."""
-    return type(tensor) in _TENSORS and tensor.dim() == dim
+    return type(tensor) in PLAIN and tensor.dim() == dim
 
 
-def _describe(tensor: Tensor | None) -> str:
+def describe(tensor: Tensor | None) -> str:
+    """Type and shape, for a reason."""
     return "None" if tensor is None else f"{type(tensor).__name__}{list(tensor.shape)}"

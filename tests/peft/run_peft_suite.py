@@ -126,14 +126,14 @@ def pytest_configure(config: Any) -> None:
 
         handle = lora_kernels.patch_peft()
         assert handle.active, handle
-        fused_forward = peft_layer._fused_forward
+        fused_forward = peft_layer.fused_forward
 
         def counted(*arguments: Any) -> Any:
             global calls
             calls += 1
             return fused_forward(*arguments)
 
-        peft_layer._fused_forward = counted
+        peft_layer.fused_forward = counted
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:

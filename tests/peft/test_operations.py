@@ -389,14 +389,14 @@ STOCK_ONLY = {"state_dict_keys", "representation", "merge_and_unload", "mixed_ba
 def test_operation(name: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, tolerance = OPERATIONS[name]
     calls: list[str] = []
-    fused_forward = peft_layer._fused_forward
+    fused_forward = peft_layer.fused_forward
 
     def counted(*arguments: Any) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             calls.append("fused")
         return fused_forward(*arguments)
 
-    monkeypatch.setattr(peft_layer, "_fused_forward", counted)
+    monkeypatch.setattr(peft_layer, "fused_forward", counted)
     stock = run(Place(device, tmp_path / "stock"))
     assert not calls
     torch._dynamo.reset()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,7 +94,8 @@ def test_apply_and_revert() -> None:
 
 
 def test_fused_layer_has_no_state_of_its_own() -> None:
-    assert set(vars(Linear)) <= {"__module__", "__doc__", "forward", *vars(type("Empty", (lora.Linear,), {}))}
+    own = {"__module__", "__doc__", "forward", "_read_base"}
+    assert set(vars(Linear)) <= own | set(vars(type("Empty", (lora.Linear,), {})))
     model = lora_model()
     before = {name: sorted(vars(layer)) for name, layer in lora_layers(model).items()}
     apply_lora_kernels(model)
@@ -121,29 +121,6 @@ def test_report_names_layers_and_reasons() -> None:
         "    base_model.model.model.layers.0.self_attn.v_proj",
         "    base_model.model.model.layers.1.self_attn.v_proj",
     ]
-
-
-class Linear4bit(lora.Linear):
-    """Stands in for the class that PEFT has where bitsandbytes is installed: it is known by its name."""
-
-
-def test_nf4_layers_are_reported() -> None:
-    model = lora_model("mlp")
-    for layer in lora_layers(model).values():
-        layer.__class__ = Linear4bit
-    assert {layer.reason for layer in apply_lora_kernels(model)} == {"its NF4 base needs the NF4 kernels"}
-    assert kinds(model) == {Linear4bit}
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-def test_nf4_layers_of_bitsandbytes_are_reported() -> None:
-    import bitsandbytes
-
-    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.bfloat16))
-    model.is_loaded_in_4bit = True
-    with patch_peft():
-        model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), model)
-    assert [layer.reason for layer in apply_lora_kernels(model)] == ["its NF4 base needs the NF4 kernels"]
 
 
 def test_layers_of_others_are_left_alone() -> None:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from lora_kernels.integrations import peft_layer
 
 lora_linear = peft_layer.lora_linear
-fused_forward = peft_layer._fused_forward
-Operands = peft_layer._Operands
+fused_forward = peft_layer.fused_forward
+Operands = peft_layer.Operands
 
 
 def in_linear(**changes: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -36,12 +36,12 @@ def in_adapters(change: Callable[[lora.Linear, Any], Any]) -> Callable[[pytest.M
         changed = [change(layer, adapter) for adapter in operands.adapters]
         return fused_forward(layer, x, operands._replace(adapters=[a for a in changed if a is not None]))
 
-    return lambda monkeypatch: monkeypatch.setattr(peft_layer, "_fused_forward", planted)
+    return lambda monkeypatch: monkeypatch.setattr(peft_layer, "fused_forward", planted)
 
 
 def in_output(change: Callable[[Tensor], Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda monkeypatch: monkeypatch.setattr(
-        peft_layer, "_fused_forward", lambda *arguments: change(fused_forward(*arguments))
+        peft_layer, "fused_forward", lambda *arguments: change(fused_forward(*arguments))
     )
 
 
