@@ -22,6 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
+from lora_kernels.backends.triton.nf4 import dequantize_kernel
+from lora_kernels.backends.triton.nf4_launch import DEQUANTIZE_BLOCK
+from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
+from lora_kernels.backends.triton.nf4_tiles import NF4Tiles, fly_table
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.tiles import Chip, GradTiles, OnePassTiles, candidates, grad_tiles, rank_block
 
@@ -30,13 +34,30 @@ CHIPS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+KERNELS = {
+    "one_pass": one_pass_kernel,
+    "adapter_grads": adapter_grads_kernel,
+    "nf4_product": nf4_product_kernel,
+    "dequantize": dequantize_kernel,
+}
+
+
+@dataclass(frozen=True)
+class DequantizeBlock:
+    """The one configuration of the kernel that decodes a whole NF4 weight."""
+
+    block: int = DEQUANTIZE_BLOCK
+    num_warps: int = 4
+    num_stages: int = 1
+
+
 @dataclass(frozen=True)
 class Build:
     """One kernel, as the launcher would ask for it."""
 
     capability: int
     kernel: str
-    tiles: OnePassTiles | GradTiles
+    tiles: OnePassTiles | GradTiles | NF4Tiles | DequantizeBlock
     forward: bool = True
     masked: bool = False
     split: bool = False
@@ -63,21 +84,41 @@ def builds() -> Iterator[Build]:
                     yield replace(plain, split=True, aligned=False)
         for split in (False, True):
             yield Build(capability, "adapter_grads", grad_tiles(chip, 2), masked=split, split=split, rank=64)
+        for forward in (True, False):
+            for nf4_tiles in fly_table(chip, forward).tiles:
+                plain = Build(capability, "nf4_product", nf4_tiles, forward)
+                yield plain
+                yield replace(plain, masked=True, rank=64)
+                yield replace(plain, split=True, aligned=False)
+        yield Build(capability, "dequantize", DequantizeBlock())
+        yield Build(capability, "dequantize", DequantizeBlock(), aligned=False)
 
 
 def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
-    kernel = one_pass_kernel if build.kernel == "one_pass" else adapter_grads_kernel
-    constants, types = (_one_pass if build.kernel == "one_pass" else _adapter_grads)(build)
+    kernel = KERNELS[build.kernel]
+    arguments = {
+        "one_pass": _one_pass,
+        "adapter_grads": _adapter_grads,
+        "nf4_product": _nf4_product,
+        "dequantize": _dequantize,
+    }
+    constants, types = arguments[build.kernel](build)
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = [n for n in names if signature[n].startswith("*") or n.startswith("stride") or n in ("N", "K")]
+    numbers = ("N", "K", "elements", "packed_bytes")
+    aligned = [n for n in names if signature[n].startswith("*") or n.startswith("stride") or n in numbers]
     if not build.aligned:
-        aligned = []
+        # What is not aligned in these does not run on the fly.
+        aligned = ["words_ptr", "x_ptr", "stride_xm", "K"] if build.kernel == "nf4_product" else []
     attributes = {
         (names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"
     }
     keyed = {(names.index(n),): value for n, value in constants.items()}
-    options = {"num_warps": build.tiles.num_warps, "num_stages": build.tiles.num_stages}
+    options: dict[str, Any] = {"num_warps": build.tiles.num_warps, "num_stages": build.tiles.num_stages}
+    if build.kernel in ("nf4_product", "dequantize"):
+        options["enable_fp_fusion"] = False
+    if isinstance(build.tiles, NF4Tiles):
+        options["maxnreg"] = build.tiles.max_registers
     return ASTSource(kernel, signature, keyed, attributes), options
 
 
@@ -147,6 +188,60 @@ def _adapter_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     return constants, types | {"workspace_ptr": "*fp32", "sync_ptr": "*i32", "seed_ptr": "*i64"}
 
 
+_NF4_TYPES = {
+    "absmax_ptr": "*u8",
+    "nested_absmax_ptr": "*fp32",
+    "nested_map_ptr": "*fp32",
+    "offset_ptr": "*fp32",
+    "out_ptr": "*bf16",
+}
+
+
+def _nf4_product(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, NF4Tiles)
+    block_r = rank_block(build.rank, "split" if build.split else "native")
+    constants: dict[str, Any] = {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_C": tiles.block_c,
+        "BLOCK_L": tiles.block_l,
+        "BLOCK_R": block_r,
+        "RANK_CHUNKS": -(-build.rank // block_r),
+        "BLOCK_SIZE": 64,
+        "FORWARD": build.forward,
+        "EVEN_L": build.aligned,
+        "EVEN_K": build.aligned,
+        "MASKED": build.masked,
+        "SPLIT": build.split,
+        "SHUFFLE": True,
+        "scale_ptr": None,
+        "stride_dl" if build.forward else "stride_dr": 1,
+        "stride_ur" if build.forward else "stride_uc": 1,
+    }
+    if not build.masked:
+        constants |= {"seed_ptr": None, "bias_ptr": None}
+    adapter = "*fp32" if build.split else "*bf16"
+    types = _NF4_TYPES | {
+        "x_ptr": "*bf16",
+        "words_ptr": "*i32",
+        "down_ptr": adapter,
+        "up_ptr": adapter,
+        "s_ptr": adapter,
+        "bias_ptr": "*bf16",
+        "workspace_ptr": "*fp32",
+        "sync_ptr": "*i32",
+        "seed_ptr": "*i64",
+        "scale": "fp32",
+    }
+    return constants, types
+
+
+def _dequantize(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    assert isinstance(build.tiles, DequantizeBlock)
+    constants = {"BLOCK": build.tiles.block, "BLOCK_SIZE": 64, "SHUFFLE": True}
+    return constants, _NF4_TYPES | {"packed_ptr": "*i32" if build.aligned else "*u8"}
+
+
 def compile_one(build: Build) -> dict[str, Any]:
     src, options = source(build)
     target = GPUTarget("cuda", build.capability, 32)
@@ -158,7 +253,8 @@ def compile_one(build: Build) -> dict[str, Any]:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found is not None, usage
         serialized = ""
-        if build.capability == 90:
+        # Those of NF4 weights may be serialized: decoding takes longer, and other programs fill the gaps.
+        if build.capability == 90 and build.kernel != "nf4_product":
             # Products that ptxas cannot overlap cost a third of the speed; it says so, and nothing else does.
             ptx.write_text(compiled.asm["ptx"])
             notes = _output("ptxas", "-arch=sm_90a", "-v", ptx, "-o", Path(folder, "out"))
@@ -171,8 +267,19 @@ def compile_one(build: Build) -> dict[str, Any]:
         "stack": int(found[2]),
         "serialized": serialized,
         "reshaped": "memdesc_reshape" in compiled.asm["ttgir"],
+        "moved": _moved(build, compiled.asm["ttgir"]),
         "pipelined": not build.aligned or compiled.metadata.shared >= _stages(build),
     }
+
+
+def _moved(build: Build, ttgir: str) -> bool:
+    """Whether decoded weights pass through shared memory on their way to the tensor cores, which slows decoding."""
+    tiles = build.tiles
+    if not isinstance(tiles, NF4Tiles):
+        return False
+    tile = {f"{tiles.block_c}x{tiles.block_l}", f"{tiles.block_l}x{tiles.block_c}"}
+    moves = rf"(?:convert_layout|local_alloc) %(?:codes|scales|w|operand)\w* : \(?tensor<({'|'.join(tile)})x"
+    return re.search(moves, ttgir) is not None
 
 
 def _stages(build: Build) -> int:
@@ -182,6 +289,12 @@ def _stages(build: Build) -> int:
         if build.capability < 90:
             return 0  # docs/kernels.md: not pipelined there yet
         return tiles.num_stages * tiles.block_m * tiles.block_c * 2
+    if isinstance(tiles, DequantizeBlock):
+        return 0
+    if isinstance(tiles, NF4Tiles):
+        # Before Hopper, one stage is in registers; of the codes it is everywhere.
+        codes = (tiles.num_stages - 1) * tiles.block_c * tiles.block_l // 2
+        return codes + (tiles.num_stages - 1) * tiles.block_m * tiles.block_l * 2
     # Before Hopper the products read registers, and one stage is in them.
     stages = tiles.num_stages - (0 if tiles.use_tma else 1)
     return stages * (tiles.block_m + tiles.block_n) * tiles.block_k * 2

@@ -16,7 +16,8 @@ if HAS_GPU:
     import triton
     import triton.language as tl
 
-    from lora_kernels.backends.triton import launch, sync
+    from lora_kernels.backends import sync
+    from lora_kernels.backends.triton import launch
     from lora_kernels.backends.triton.one_pass import one_pass_kernel
     from lora_kernels.backends.triton.tiles import chip_of, one_pass_tiles
 

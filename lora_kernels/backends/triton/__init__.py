@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import Backend, Precision, Problem, Scale, eager
-from lora_kernels.backends.triton import launch
+from lora_kernels.backends.triton import launch, nf4_launch, nf4_tiles
 from lora_kernels.backends.triton.tiles import INTERPRETER, candidates, chip_of
 from lora_kernels.dropout import Dropout
+from lora_kernels.nf4 import NF4Weight
+from lora_kernels.weights import Weight
 
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -25,15 +27,17 @@ def forward(
     want_s: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + S B^T + b and S = scale * mask(x) A^T."""
-    y, s = launch.one_pass(
-        x, _strided(weight).T, lora_A.T, lora_B.T, bias, scale, dropout, True, precision
-    )
+    down, up = lora_A.T, lora_B.T
+    if isinstance(weight, NF4Weight):
+        y, s = nf4_launch.one_pass(x, weight, down, up, bias, scale, dropout, True, precision)
+    else:
+        y, s = launch.one_pass(x, _strided(weight).T, down, up, bias, scale, dropout, True, precision)
     return y, s if want_s else None
 
 
 def backward_input(
     dy: Tensor,
-    weight: Tensor | None,
+    weight: Weight | None,
     lora_A: Tensor | None,
     lora_B: Tensor,
     scale: Scale,
@@ -46,6 +50,8 @@ def backward_input(
         # No big product to share a pass with: what is left is a library's business.
         return eager.backward_input(dy, None, None, lora_B, scale, None, precision, want_dx=False)
     assert weight is not None and lora_A is not None
+    if isinstance(weight, NF4Weight):
+        return nf4_launch.one_pass(dy, weight, lora_B, lora_A, None, scale, dropout, False, precision)
     return launch.one_pass(dy, _strided(weight), lora_B, lora_A, None, scale, dropout, False, precision)
 
 
@@ -88,7 +94,8 @@ def _describe(problem: Problem) -> str | None:
         f"{t.block_m}x{t.block_n}x{t.block_k}" for t in candidates(chip, problem.dtype.itemsize, use_tma)
     )
     path = "TMA descriptors" if use_tma else "pointers"
-    return f"one launch forward, two backward; {path}; tiles by M from {tiles}"
+    nf4 = f"; {nf4_tiles.describe(chip, problem.dtype, problem.in_features)}" if problem.nf4 else ""
+    return f"one launch forward, two backward; {path}; tiles by M from {tiles}{nf4}"
 
 
 BACKEND = Backend(

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends import Precision, Scale, tf32_allowed
+from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.direct import DirectKernel, direct_kernel
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
-from lora_kernels.backends.triton.sync import zeros_for
 from lora_kernels.backends.triton.tiles import (
     GradTiles,
     OnePassTiles,
@@ -259,7 +259,7 @@ def _launch(
         kind: everything that Triton's specialization of the arguments depends on.
         blocks: the tiles of the leading arguments that are to be TMA descriptors.
     """
-    kind = (*kind, options["PRECISION"])
+    kind = (*kind, options.get("PRECISION"))
     direct = _direct_kernels.get(kind)
     if direct is not None and not _has_hooks():
         direct(grid, torch._C._cuda_getCurrentRawStream(kind[1].index), arguments)  # type: ignore[attr-defined]

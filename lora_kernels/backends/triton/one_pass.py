@@ -32,7 +32,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.pieces import in_parts, keep_tile, load_tile, split_dot, store_tile, sum_of_parts
+from lora_kernels.backends.triton.pieces import (
+    in_parts,
+    keep_tile,
+    load_tile,
+    split_dot,
+    split_products,
+    store_tile,
+    sum_of_parts,
+)
 from lora_kernels.backends.triton.tiles import MAX_PARTS as _MAX_PARTS
 
 # The most parts that a chunk of S is summed from.
@@ -151,15 +159,18 @@ def _load_w(w_ref, stride_w, k0, n0, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def _add_up(acc, s, up_ptr, stride_ur, stride_un, r0, n0, R, N, dtype: tl.constexpr,
-            BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """acc + s U for one chunk of the rank."""
+def _add_up(acc, s, up_ptr, stride_ur, stride_un, r0, n0, R, N, dtype: tl.constexpr, BLOCK_R: tl.constexpr,
+            BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
+    """acc + s U for one chunk of the rank. OVERLAPS: the main loop's products go on behind it."""
     offs_r = r0 + tl.arange(0, BLOCK_R)
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask = (offs_r < R)[:, None] & (offs_n < N)[None, :]
     up = tl.load(up_ptr + offs_r[:, None] * stride_ur + offs_n[None, :].to(tl.int64) * stride_un, mask, other=0.0)
     if SPLIT:
-        return split_dot(s, up, (offs_n < N)[None, :], acc)
+        if OVERLAPS:
+            return split_dot(s, up, (offs_n < N)[None, :], acc)
+        else:
+            return split_products(s, up, acc)
     else:
         return tl.dot(s.to(dtype), up.to(dtype), acc, input_precision=PRECISION)
 
@@ -204,7 +215,7 @@ def _add_masked_up(acc, stored, pid_m, column0, up_ptr, s_ptr, seed_ptr, thresho
     for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
         s = _load_s(stored, s_ptr, stride_sm, pid_m * BLOCK_M, chunk * BLOCK_R, M, R, BLOCK_M, BLOCK_R)
         up = _add_up(up, s, up_ptr, stride_ur, stride_un, chunk * BLOCK_R, column0, R, N, DTYPE, BLOCK_R, BLOCK_N, SPLIT,
-                     PRECISION)  # fmt: skip
+                     PRECISION, False)  # fmt: skip
     keep = keep_tile(seed_ptr, pid_m * BLOCK_M, column0, threshold, BLOCK_M, BLOCK_N)
     return acc + tl.where(keep, up, 0.0)
 
@@ -259,7 +270,8 @@ def _finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr
         for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
             r0 = chunk * BLOCK_R
             s = _load_s(stored, s_ptr, stride_sm, row0, r0, M, R, BLOCK_M, BLOCK_R)
-            acc = _add_up(acc, s, up_ptr, stride_ur, stride_un, r0, left0, R, N, DTYPE, BLOCK_R, BLOCK_N, SPLIT, PRECISION)
+            acc = _add_up(acc, s, up_ptr, stride_ur, stride_un, r0, left0, R, N, DTYPE, BLOCK_R, BLOCK_N, SPLIT,
+                          PRECISION, True)  # fmt: skip
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         store_tile(out_ref, stride_om, row0, left0, M, N, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
         store_tile(out_ref, stride_om, row0, right0, M, N, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)

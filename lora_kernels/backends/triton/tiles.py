@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from lora_kernels.backends.triton.tuned import TunedTable
 
 MAX_PARTS = 8
 
@@ -91,6 +95,13 @@ def candidates(chip: Chip, itemsize: int, use_tma: bool) -> tuple[OnePassTiles, 
 
 
 def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
+    """The configuration that was measured to be best on this machine, else the one that shipped_tiles predicts."""
+    table = _tuned_table(chip)
+    tuned = None if table is None else table.one_pass_tiles(itemsize, use_tma, M, N)
+    return tuned or shipped_tiles(chip, itemsize, use_tma, M, N)
+
+
+def shipped_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
     """The configuration with the least predicted time: waves of tiles, times a tile's elements, over its rate."""
 
     def cost(tiles: OnePassTiles) -> float:
@@ -98,6 +109,13 @@ def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> 
         return -(-count // chip.multiprocessors) * tiles.block_m * tiles.block_n / tiles.rate
 
     return min(candidates(chip, itemsize, use_tma), key=cost)
+
+
+def _tuned_table(chip: Chip) -> TunedTable | None:
+    # Its entries are made of the classes of this file.
+    from lora_kernels.backends.triton.tuned import tuned_table
+
+    return tuned_table(chip)
 
 
 def rank_block(rank: int, precision: str) -> int:
@@ -108,7 +126,15 @@ def rank_block(rank: int, precision: str) -> int:
     return 16 if precision == "split" else min(64, max(16, 1 << (rank - 1).bit_length()))
 
 
+@cache
 def grad_tiles(chip: Chip, itemsize: int) -> GradTiles:
+    """The configuration that was measured to be best on this machine, else the shipped one."""
+    table = _tuned_table(chip)
+    tuned = None if table is None else table.grad_tiles(itemsize)
+    return tuned or shipped_grad_tiles(chip, itemsize)
+
+
+def shipped_grad_tiles(chip: Chip, itemsize: int) -> GradTiles:
     if chip == INTERPRETER:
         return GradTiles(32, 32, 4, 2)
     return GradTiles(64, 128, 4, 4) if itemsize == 2 else GradTiles(32, 64, 4, 3)

@@ -1,0 +1,245 @@
+"""Launches of the NF4 kernels: a decoded copy of a weight, and products with it on the path that a table chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from lora_kernels.backends import Precision, Scale
+from lora_kernels.backends.sync import zeros_for
+from lora_kernels.backends.triton import launch
+from lora_kernels.backends.triton.nf4 import dequantize_kernel
+from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
+from lora_kernels.backends.triton.nf4_tiles import (
+    NF4Tiles,
+    Path,
+    cannot_fly,
+    path_for,
+    product_parts,
+    product_tiles,
+    share_parts,
+)
+from lora_kernels.backends.triton.tiles import INTERPRETER, Chip, chip_of, rank_block
+from lora_kernels.dropout import Dropout
+from lora_kernels.nf4 import NF4Weight
+
+# Elements that a program of the dequantizing kernel writes.
+DEQUANTIZE_BLOCK = 4096
+
+
+def dequantize(weight: NF4Weight, dtype: torch.dtype, *, block: int = DEQUANTIZE_BLOCK) -> Tensor:
+    """The weight [N, K] in `dtype`, bit for bit what NF4Weight.dequantize gives, in one launch.
+
+    Args:
+        block: forced by tests and by tuning.
+    """
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    words = _words(weight.packed)
+    arguments = (
+        words,
+        weight.absmax,
+        weight.nested_absmax,
+        weight.nested_map,
+        weight.offset,
+        out,
+        out.numel(),
+        weight.packed.numel(),
+    )
+    options = {
+        "BLOCK": block,
+        "BLOCK_SIZE": weight.block_size,
+        "SHUFFLE": _has_shuffles(weight.device),
+        "enable_fp_fusion": False,
+    }
+    kind = (
+        "dequantize", weight.device, dtype, weight.shape, weight.block_size, weight.double_quant, block,
+        words.dtype, launch._alignment(*weight.tensors()),
+    )  # fmt: skip
+    launch._launch(dequantize_kernel, kind, (triton.cdiv(out.numel(), block), 1, 1), arguments, options, None)
+    return out
+
+
+def one_pass(
+    left: Tensor,
+    weight: NF4Weight,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    forward: bool,
+    precision: Precision,
+    *,
+    path: Path | None = None,
+) -> tuple[Tensor, Tensor]:
+    """launch.one_pass with an NF4 weight: forward out = x W^T + S up + bias, else out = dy W + mask(S up).
+
+    W is what weight.dequantize(left.dtype) gives, bit for bit, on either path.
+
+    Args:
+        left: [M, K] forward, [M, N] backward, with contiguous rows.
+        weight: [N, K].
+        down, up: as launch.one_pass takes them.
+        path: forced by tests and by tuning.
+    Raises:
+        ValueError: the path was forced to be on the fly, and these operands cannot go it.
+    """
+    chip = chip_of(left.device)
+    if path is None:
+        path, _ = path_for(chip, left, weight, forward)
+    elif path == "fly" and (reason := cannot_fly(chip, left, weight)) is not None:
+        raise ValueError(f"path was 'fly', but must be 'scratch': {reason}")
+    if path == "fly":
+        return product(left, weight, down, up, bias, scale, dropout, forward, precision)
+    # The allocator hands the same memory to the next layer: there is one copy in 16 bits at any time, not one a layer.
+    scratch = dequantize(weight, left.dtype)
+    return launch.one_pass(
+        left, scratch.T if forward else scratch, down, up, bias, scale, dropout, forward, precision
+    )
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """Everything about a launch of the product that its shapes and dtypes decide."""
+
+    tiles: NF4Tiles
+    row_tiles: int
+    column_tiles: int
+    parts: int
+    rank_block: int
+    rank_chunks: int
+    s_parts: int
+
+    @property
+    def programs(self) -> int:
+        return self.row_tiles * (self.s_parts * self.rank_chunks + self.column_tiles * self.parts)
+
+    @property
+    def workspace_size(self) -> int:
+        shares = self.s_parts * self.rank_chunks * self.rank_block
+        tiles = self.column_tiles * self.parts * self.tiles.block_c if self.parts > 1 else 0
+        return self.row_tiles * self.tiles.block_m * (shares + tiles)
+
+    @property
+    def counters(self) -> int:
+        return 3 + self.row_tiles * (1 + self.rank_chunks + self.column_tiles)
+
+
+_plans: dict[tuple[object, ...], ProductPlan] = {}
+
+
+def plan_product(
+    chip: Chip, tiles: NF4Tiles, parts: int | None, M: int, L: int, C: int, R: int, precision: Precision
+) -> ProductPlan:
+    row_tiles, column_tiles = triton.cdiv(M, tiles.block_m), triton.cdiv(C, tiles.block_c)
+    steps = triton.cdiv(L, tiles.block_l)
+    block_r = rank_block(R, precision)
+    parts = parts or product_parts(chip, tiles, row_tiles * column_tiles, steps)
+    return ProductPlan(tiles, row_tiles, column_tiles, parts, block_r, triton.cdiv(R, block_r), share_parts(steps))
+
+
+def product(
+    left: Tensor,
+    weight: NF4Weight,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    forward: bool,
+    precision: Precision,
+    *,
+    tiles: NF4Tiles | None = None,
+    parts: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """one_pass on the path that decodes on the fly: one launch, and no decoded copy of the weight anywhere.
+
+    Args:
+        tiles, parts: forced by tests and by tuning.
+    """
+    (M, L), R, device, dtype = left.shape, down.shape[1], left.device, left.dtype
+    N, K = weight.shape
+    C = N if forward else K
+    out = torch.empty(M, C, dtype=dtype, device=device)
+    s = torch.empty(M, R, dtype=torch.float32 if precision == "split" else dtype, device=device)
+    if M == 0:
+        return out, s
+    key = (device, precision, M, L, C, R, forward, tiles, parts)
+    plan = _plans.get(key)
+    if plan is None:
+        chip = chip_of(device)
+        plan = plan_product(chip, tiles or product_tiles(chip, M, forward), parts, M, L, C, R, precision)
+        launch._remember(_plans, key, plan)
+    tiles = plan.tiles
+    words = _words(weight.packed)
+    seed = None if dropout is None else dropout.seed
+    scale_tensor = scale if isinstance(scale, Tensor) else None
+    arguments = (
+        left,
+        words,
+        weight.absmax,
+        weight.nested_absmax,
+        weight.nested_map,
+        weight.offset,
+        out,
+        down,
+        up,
+        bias,
+        s,
+        torch.empty(plan.workspace_size, dtype=torch.float32, device=device),
+        zeros_for(device, plan.counters),
+        seed,
+        scale_tensor,
+        1.0 if scale_tensor is not None else float(scale),
+        0 if dropout is None else dropout.threshold,
+        M,
+        N,
+        K,
+        R,
+        plan.s_parts,
+        plan.parts,
+        left.stride(0),
+        *down.stride(),
+        *up.stride(),
+    )
+    columns = tiles.block_l if forward else tiles.block_c
+    options = {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_C": tiles.block_c,
+        "BLOCK_L": tiles.block_l,
+        "BLOCK_R": plan.rank_block,
+        "RANK_CHUNKS": plan.rank_chunks,
+        "BLOCK_SIZE": weight.block_size,
+        "FORWARD": forward,
+        "EVEN_L": L % tiles.block_l == 0,
+        "EVEN_K": K % columns == 0,
+        "MASKED": dropout is not None,
+        "SPLIT": precision == "split",
+        "SHUFFLE": _has_shuffles(device),
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+        "maxnreg": tiles.max_registers,
+        "enable_fp_fusion": False,
+    }
+    kind = (
+        "nf4_product", device, dtype, precision, forward, N, K, R, weight.block_size, weight.double_quant, tiles, left.stride(0),
+        down.stride(), up.stride(), down.dtype, seed is None, None if scale_tensor is None else scale_tensor.dtype,
+        bias is not None and bias.dtype, launch._alignment(left, *weight.tensors(), down, up, bias),
+    )  # fmt: skip
+    launch._launch(nf4_product_kernel, kind, (plan.programs, 1, 1), arguments, options, None)
+    return out, s
+
+
+def _words(packed: Tensor) -> Tensor:
+    """The packed codes as words of eight; as they are if they do not start and end between words."""
+    if packed.numel() % 4 or packed.data_ptr() % 4 or packed.storage_offset() % 4:
+        return packed
+    return packed.view(torch.int32)
+
+
+def _has_shuffles(device: torch.device) -> bool:
+    """Whether the kernels are compiled for CUDA; neither Triton's interpreter nor ROCm knows PTX."""
+    return chip_of(device) != INTERPRETER and torch.version.cuda is not None
