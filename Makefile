@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 FINETUNE_VENV ?= .venv-finetune
 JOBS ?= 2
-# Options of the fine-tuning command: make finetune ARGS="--compare --steps 20".
+# Options of the command that finetune or bench runs: make finetune ARGS="--compare --steps 20".
 ARGS ?=
 
 .PHONY: test test-gpu lint finetune sanitize peft-suite bench
@@ -21,18 +21,23 @@ test-gpu:
 	$(PYTHON) -m pytest -n 8 tests --ignore tests/test_gpu_kernels.py --ignore tests/test_targets.py
 	$(PYTHON) -m pytest tests/test_gpu_kernels.py
 
-# compute-sanitizer over a small case of every kernel. Shared memory races and bad accesses end it with an error.
+# compute-sanitizer over a small case of every kernel of a backend: make sanitize BACKENDS=triton. Bad accesses, races in
+# shared memory and reads of what nobody wrote end it with an error. PyTorch's cache of memory would hide bad accesses.
+BACKENDS ?= triton cuda
+SANITIZER = PYTHONPATH=.. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 1
 sanitize:
-	cd tests && PYTHONPATH=.. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) sanitize.py
-	cd tests && PYTHONPATH=.. compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) sanitize.py
+	cd tests && PYTHONPATH=.. $(PYTHON) sanitize.py $(BACKENDS)
+	cd tests && $(SANITIZER) --tool memcheck $(PYTHON) sanitize.py $(BACKENDS)
+	cd tests && $(SANITIZER) --tool racecheck $(PYTHON) sanitize.py $(BACKENDS)
+	cd tests && $(SANITIZER) --tool initcheck $(PYTHON) sanitize.py $(BACKENDS)
 
 # PEFT's own tests of LoRA, stock and patched: make peft-suite PEFT=path/to/a/checkout
 peft-suite:
 	$(PYTHON) tests/peft/run_peft_suite.py $(PEFT)
 
+# Layers and their pictures, on a machine with a GPU: make bench ARGS="--quick", make bench ARGS="--model llama-8b".
 bench:
-	cd bench && PYTHONPATH=.. $(PYTHON) linear.py
-	cd bench && PYTHONPATH=.. $(PYTHON) linear.py --graph --regime cool
+	$(PYTHON) -m lora_kernels bench $(ARGS)
 
 finetune: $(FINETUNE_VENV)/.done
 	$(FINETUNE_VENV)/bin/python -m lora_kernels finetune $(ARGS)

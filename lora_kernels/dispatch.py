@@ -121,4 +121,6 @@ def _load(name: BackendName) -> tuple[Backend | None, str | None]:
                 f"Triton cannot be imported: {error} (PyTorch's CUDA builds for Linux bring one that fits)",
             )
         return BACKEND, None
-    return None, "this version of lora_kernels has no CUDA C++ backend"
+    from lora_kernels.backends import cuda
+
+    return cuda.BACKEND, None

@@ -37,7 +37,7 @@ def backend_report(device: torch.device | None = None) -> list[BackendStatus]:
     tensors = {key: torch.randn(shape, generator=generator).div(8).to(device, dtype) for key, shape in shapes.items()}
     try:
         automatic = explain(*tensors.values(), backend="auto").backend.name
-    except _failures():
+    except failures():
         # The backend that is to blame gives its reason below.
         automatic = ""
     report = []
@@ -59,7 +59,7 @@ def _fault(name: BackendName, tensors: dict[str, Tensor]) -> str | None:
         got = run(partial(lora_linear, backend=name), tensors["x"].dtype)
     except BackendRefused as refusal:
         return refusal.reason
-    except _failures() as error:
+    except failures() as error:
         return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
     for key, expected in run(lora_linear_reference, torch.float64).items():
         if key not in got:
@@ -70,7 +70,7 @@ def _fault(name: BackendName, tensors: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What a broken driver, a broken compiler or a version that does not fit may raise."""
     builtin = (
         AssertionError,

@@ -28,7 +28,16 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
 
 
-@pytest.fixture(params=["eager", "triton"])
+def _backends() -> list[str]:
+    from lora_kernels.backends import cuda_build
+
+    if not HAS_GPU or torch.version.cuda is None:
+        return ["eager", "triton"]
+    built = cuda_build.is_built(torch.cuda.get_device_capability(0))
+    return ["eager", "triton", "cuda"] if built or cuda_build.missing() is None else ["eager", "triton"]
+
+
+@pytest.fixture(params=_backends())
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -1,31 +1,48 @@
-"""A small case of every kernel and path, for compute-sanitizer: `make sanitize`."""
+"""A small case of every kernel and path of a backend, for compute-sanitizer: `make sanitize`."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from cases import Case
 
-from lora_kernels import lora_linear
+from lora_kernels import NF4Weight, lora_linear
 
 CASES = [
     Case(200, 192, 136, 16, torch.bfloat16),
     Case(200, 192, 136, 16, torch.bfloat16, dropout=0.3, bias=True),
     Case(130, 100, 70, 80, torch.float16, dropout=0.3),
     Case(130, 128, 72, 24, torch.bfloat16, adapter_dtype=torch.float32),
+    # Sizes of which none is even: once, that alone made the compiler's addresses wrong.
+    Case(17, 63, 3, 9, torch.bfloat16, adapter_dtype=torch.float32, dropout=0.3),
     Case(65, 33, 20, 3, torch.float32),
 ]
 
 
+NF4_CASES = [
+    Case(5, 128, 72, 24, torch.bfloat16, bias=True),
+    Case(40, 192, 128, 16, torch.bfloat16, dropout=0.3),
+    Case(200, 100, 70, 16, torch.float16),
+]
+
+
+def run(case: Case, weight: torch.Tensor | NF4Weight, backend: str) -> None:
+    t = case.tensors(torch.device("cuda", 0))
+    leaves = [v.requires_grad_() for v in (t.x, t.lora_A, t.lora_B)]
+    y = lora_linear(leaves[0], weight, *leaves[1:], bias=t.bias, dropout_p=case.dropout, scaling=2.0, backend=backend)
+    torch.autograd.grad(y, leaves, t.dy)
+    torch.cuda.synchronize()
+    print(f"{case} ran on {backend}, {type(weight).__name__}", flush=True)
+
+
 def main() -> None:
-    for case in CASES:
-        t = case.tensors(torch.device("cuda", 0))
-        leaves = [v.requires_grad_() for v in (t.x, t.lora_A, t.lora_B)]
-        y = lora_linear(
-            leaves[0], t.weight, *leaves[1:], bias=t.bias, dropout_p=case.dropout, scaling=2.0, backend="triton"
-        )
-        torch.autograd.grad(y, leaves, t.dy)
-        torch.cuda.synchronize()
-        print(f"{case} ran", flush=True)
+    device = torch.device("cuda", 0)
+    for backend in sys.argv[1:] or ["triton", "cuda"]:
+        for case in CASES:
+            run(case, case.tensors(device).weight, backend)
+        for case in NF4_CASES:
+            run(case, NF4Weight.quantize(case.tensors(device).weight), backend)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import dispatch, explain, lora_linear, selftest, use_backend
-from lora_kernels.backends import Problem, eager, tf32_allowed
+from lora_kernels.backends import Problem, cuda, cuda_build, eager, tf32_allowed
 from lora_kernels.cli.main import main
 from lora_kernels.dispatch import BackendRefused, choose, requested
 from lora_kernels.selftest import BackendStatus, backend_report
@@ -54,6 +55,19 @@ def test_use_backend_holds_for_its_thread() -> None:
     assert seen == ["auto"]
 
 
+@pytest.fixture
+def cuda_refuses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CUDA backend that refuses everything, whether or not it could run here."""
+    monkeypatch.setattr(cuda, "BACKEND", replace(cuda.BACKEND, refuses=lambda problem: "it is not in the mood"))
+    monkeypatch.setattr("lora_kernels.functional._choices", {})
+    dispatch._load.cache_clear()
+    dispatch.choose.cache_clear()
+    yield
+    dispatch._load.cache_clear()
+    dispatch.choose.cache_clear()
+
+
+@pytest.mark.usefixtures("cuda_refuses")
 def test_an_argument_wins_over_the_block(device: torch.device) -> None:
     tensors = make(device)
     with use_backend("cuda"):
@@ -68,11 +82,12 @@ def test_an_argument_wins_over_the_block(device: torch.device) -> None:
         assert explain(**tensors, backend="triton").backend.name == "triton"
 
 
+@pytest.mark.usefixtures("cuda_refuses")
 def test_a_named_backend_does_not_fall_back(device: torch.device) -> None:
-    with pytest.raises(RuntimeError, match="backend='cuda' cannot run this call: this version") as caught:
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run this call: it is not in the mood") as caught:
         lora_linear(**make(device), backend="cuda")
     assert isinstance(caught.value, BackendRefused)
-    assert caught.value.reason == "this version of lora_kernels has no CUDA C++ backend"
+    assert caught.value.reason == "it is not in the mood"
 
 
 def test_the_backward_takes_the_backend_of_the_forward(
@@ -100,10 +115,11 @@ def test_explain(device: torch.device) -> None:
     on_cpu = explain(**make(torch.device("cpu")), backend="auto")
     assert on_cpu.backend is eager.BACKEND
     assert list(on_cpu.refusals) == ["triton", "cuda"]
-    assert on_cpu.refusals["cuda"] == "this version of lora_kernels has no CUDA C++ backend"
+    assert on_cpu.refusals["cuda"] == "x is on cpu, and its kernels run on CUDA GPUs"
     assert "riton" in on_cpu.refusals["triton"]
 
 
+@pytest.mark.usefixtures("cuda_refuses")
 def test_a_cached_choice_is_for_what_it_was_made(device: torch.device) -> None:
     """The cache may not hand a choice to a call that asks for another backend, or differs in what decides."""
     tensors = make(device)
@@ -178,7 +194,10 @@ def test_the_report_of_this_machine(device: torch.device) -> None:
     assert report["eager"] == BackendStatus("eager", True, None, automatic=device.type == "cpu")
     # Without a GPU it works, through the interpreter that the tests switch on, and is chosen by nobody.
     assert report["triton"] == BackendStatus("triton", True, None, automatic=device.type == "cuda")
-    assert report["cuda"].reason == "this version of lora_kernels has no CUDA C++ backend"
+    if device.type == "cpu":
+        assert report["cuda"].reason == "x is on cpu, and its kernels run on CUDA GPUs"
+    else:
+        assert report["cuda"].works == (cuda_build.missing() is None)
 
 
 def triton_error() -> Exception:

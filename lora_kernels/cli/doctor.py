@@ -1,6 +1,7 @@
 """Shows what is installed and which backends work here; exit status 0 only if the automatic choice works."""
 
 import argparse
+import importlib.util
 
 HELP = "versions, GPUs, and each backend with 'works' or the reason why it does not"
 
@@ -19,6 +20,10 @@ def run(args: argparse.Namespace) -> int:
     for line in gpu_names() or ["none that torch can use"]:
         print(f"{'GPU':<14}{line}")
 
+    tiles = _tiles()
+    if tiles is not None:
+        print(f"{'tiles':<14}{tiles}")
+
     print("\nbackends, in the order in which the automatic choice tries them")
     statuses = backend_report()
     for status in statuses:
@@ -29,3 +34,18 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print("\nThe automatic choice of a backend does not work here.")
     return 1
+
+
+def _tiles() -> str | None:
+    """Which tile configurations the Triton kernels use here; None where they do not run."""
+    import torch
+
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return None
+    from lora_kernels.backends.triton.tiles import chip_of
+    from lora_kernels.backends.triton.tuned import TableRefused, describe
+
+    try:
+        return describe(chip_of(torch.device("cuda", torch.cuda.current_device())))
+    except TableRefused as refusal:
+        return f"refused: {refusal}"

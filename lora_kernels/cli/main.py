@@ -13,6 +13,8 @@ from lora_kernels.cli.errors import UserError
 COMMANDS = {
     "doctor": "lora_kernels.cli.doctor",
     "finetune": "lora_kernels.cli.finetune.command",
+    "bench": "lora_kernels.cli.bench.command",
+    "tune": "lora_kernels.cli.tune.command",
 }
 
 EXIT_USAGE = 2

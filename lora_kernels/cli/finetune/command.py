@@ -2,10 +2,8 @@
 
 import argparse
 import importlib.util
-import logging
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +12,7 @@ import torch
 from lora_kernels.cli.errors import UserError
 from lora_kernels.cli.finetune import options as finetune_options
 from lora_kernels.cli.finetune.options import Options
+from lora_kernels.cli.quiet import quieten_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Checks everything, trains, reports; 0, or 130 after Ctrl-C."""
     options = finetune_options.from_args(args, on_gpu=torch.cuda.is_available())
     _require_packages(options)
-    _quieten_libraries()
+    quieten_libraries()
     runs = _execute_all(_prepare(options))
     _report(options, runs)
     return EXIT_INTERRUPTED if runs[-1].interrupted else 0
@@ -47,17 +46,6 @@ def _require_packages(options: Options) -> None:
         )
     if options.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
-
-
-def _quieten_libraries() -> None:
-    """Their progress bars and advice would break up the one bar and the report."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("huggingface_hub", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
 
 def _prepare(options: Options) -> "Job":

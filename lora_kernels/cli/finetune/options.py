@@ -1,9 +1,10 @@
 """The options of the finetune command, and the defaults that depend on the device."""
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from lora_kernels.cli.arguments import number, whole
 
 ALL_LINEAR = "all-linear"
 
@@ -60,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='text files, or .jsonl files with an object a line that has "text" or "messages"'
         " (default: the Python language reference)",
     )
-    parser.add_argument("--rank", type=_whole(1), default=16, help="default: 16")
-    parser.add_argument("--alpha", type=_number(above=0), default=32.0, help="default: 32")
+    parser.add_argument("--rank", type=whole(1), default=16, help="default: 16")
+    parser.add_argument("--alpha", type=number(above=0), default=32.0, help="default: 32")
     parser.add_argument(
         "--targets",
         nargs="+",
@@ -69,27 +70,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="names of the layers that get an adapter, such as q_proj v_proj (default: all-linear)",
     )
-    parser.add_argument("--dropout", type=_number(from_=0, below=1), default=0.05, help="default: 0.05")
+    parser.add_argument("--dropout", type=number(from_=0, below=1), default=0.05, help="default: 0.05")
     parser.add_argument("--quantize", choices=["nf4"], help="keep the base weights in 4 bits (QLoRA)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--steps",
-        type=_whole(1),
+        type=whole(1),
         help=f"optimizer steps (default: {CPU_SIZE.steps} on a CPU, {GPU_SIZE.steps} on a GPU)",
     )
-    length.add_argument("--epochs", type=_number(above=0), help="passes over the text, instead of --steps")
+    length.add_argument("--epochs", type=number(above=0), help="passes over the text, instead of --steps")
     parser.add_argument(
         "--batch",
-        type=_whole(1),
+        type=whole(1),
         help=f"sequences in a step (default: {CPU_SIZE.batch} on a CPU, {GPU_SIZE.batch} on a GPU)",
     )
     parser.add_argument(
         "--seq",
-        type=_whole(2),
+        type=whole(2),
         help=f"tokens in a sequence (default: {CPU_SIZE.seq} on a CPU, {GPU_SIZE.seq} on a GPU)",
     )
-    parser.add_argument("--lr", type=_number(above=0), default=5e-4, help="learning rate (default: 5e-4)")
-    parser.add_argument("--seed", type=_whole(0), default=0, help="default: 0")
+    parser.add_argument("--lr", type=number(above=0), default=5e-4, help="learning rate (default: 5e-4)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="default: 0")
     parser.add_argument("--compare", action="store_true", help="train again with stock PEFT and compare")
     parser.add_argument(
         "--out",
@@ -120,39 +121,3 @@ def from_args(args: argparse.Namespace, *, on_gpu: bool) -> Options:
         compare=args.compare,
         out=args.out,
     )
-
-
-def _whole(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `minimum` up."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} up, not {text!r}")
-        return value
-
-    return parse
-
-
-def _number(
-    *, above: float | None = None, from_: float | None = None, below: float = float("inf")
-) -> Callable[[str], float]:
-    """An argparse type: a number inside the bounds (`above` and `below` excluded, `from_` included)."""
-    wanted = f"above {above:g}" if above is not None else f"from {from_:g} up"
-    if below != float("inf"):
-        wanted += f" and below {below:g}"
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        large_enough = value > above if above is not None else value >= (from_ or 0)
-        if not (large_enough and value < below):
-            raise argparse.ArgumentTypeError(f"must be a number {wanted}, not {text!r}")
-        return value
-
-    return parse

@@ -1,0 +1,58 @@
+// What the Hopper kernel is launched with, and which tile comes when.
+#pragma once
+
+#include <cuda.h>
+
+#include "problem.h"
+
+namespace lora_kernels::hopper {
+
+constexpr int kBlockM = 128;
+constexpr int kBlockK = 64;
+constexpr int kHalfM = 64;        // the rows of one of the two warpgroups that multiply
+constexpr int kRankChunk = 32;    // the columns of S that a sharing tile computes
+constexpr int kRankStep = 64;     // the ranks of one step of S U
+constexpr int kMaxParts = 8;      // that a chunk of S is summed from
+constexpr int kGroupRows = 8;     // row units that follow each other, and so share columns of W in L2
+constexpr int kGroupThreads = 128;
+
+// A unit is a cluster: one block, or two that take neighbouring row blocks and the same columns.
+struct Launch {
+  CUtensorMap x, weight, down, up, out;
+  OnePass problem;
+  int cluster;
+  int units;
+  int row_units, column_tiles, k_steps;
+  int rank_chunks, parts, steps_per_part;
+  int shares;  // sharing tiles of a row unit: rank_chunks * parts
+
+  // By half row blocks, what a warpgroup has to do with.
+  uint4* fragments;  // [halves, 2 * rank_chunks, 128]: S as the first operand of a product, 16 ranks at a time
+  float4* partials;  // [halves, rank_chunks, parts, 4, 128]: shares of S as a product leaves them
+  int* counters;     // finished blocks; complete chunks in all; the same [halves]; parts that arrived, as bits
+
+  __host__ __device__ int halves() const { return 2 * cluster * row_units; }
+};
+
+struct Tile {
+  int row_unit, column;
+  int first_step;   // of K, from which it goes around
+  int share_steps;  // the first so many steps are also steps of a share: of this part of this chunk
+  int chunk, part;
+};
+
+// The index-th tile. The sharing ones come first, then the others in groups of rows.
+__device__ inline Tile tile_at(const Launch& p, int index) {
+  const int sharing = p.row_units * p.shares;
+  if (index < sharing) {
+    const int column = index % p.shares, part = column / p.rank_chunks;
+    const int first = part * p.steps_per_part;
+    return {index / p.shares, column, first, min(p.steps_per_part, p.k_steps - first), column % p.rank_chunks, part};
+  }
+  const int columns = p.column_tiles - p.shares;
+  const int group = (index - sharing) / (kGroupRows * columns), within = (index - sharing) % (kGroupRows * columns);
+  const int first_row = group * kGroupRows, rows = min(p.row_units - first_row, kGroupRows);
+  return {first_row + within % rows, p.shares + within / rows, 0, 0, 0, 0};
+}
+
+}  // namespace lora_kernels::hopper

@@ -1,0 +1,54 @@
+// The operations of this backend: what bindings.cpp calls, and what a program without PyTorch could.
+//
+// Each enqueues its work on `stream` of the current device and returns; one that cannot be launched throws a
+// std::runtime_error that names the kernel. A workspace holds as many floats as the function beside it says, and
+// starts on 16 bytes.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "problem.h"
+
+namespace lora_kernels {
+
+// Both lines of OnePass. M, N, K and R are at least 1.
+int64_t one_pass_workspace(const OnePass& problem);
+void one_pass(const OnePass& problem, float* workspace, cudaStream_t stream);
+
+// S alone.
+void adapter_down(const OnePass& problem, float* workspace, cudaStream_t stream);
+
+int64_t adapter_grads_workspace(const AdapterGrads& problem);
+void adapter_grads(const AdapterGrads& problem, float* workspace, cudaStream_t stream);
+
+// The weight in float32 or rounded to 16 bits: [rows, columns], contiguous.
+void dequantize(const Nf4& weight, DType dtype, void* out, cudaStream_t stream);
+
+// Both lines of OnePass, forward, for few tokens: X W^T from the packed weight, whose bytes are read once for every 16
+// tokens. Not looked at: the problem's own weight.
+bool nf4_forward_fits(const OnePass& problem, const Nf4& weight);
+void nf4_forward(const OnePass& problem, const Nf4& weight, float* workspace, cudaStream_t stream);
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("lora_kernels: ") + what + " failed: " + cudaGetErrorString(error));
+  }
+}
+
+// Of the current device.
+inline int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+// Whether every row, or whatever lies `stride` elements apart, starts on 16 bytes.
+inline bool starts_on_16_bytes(const void* data, int64_t stride, int64_t bytes_each) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes_each % 16 == 0;
+}
+
+}  // namespace lora_kernels

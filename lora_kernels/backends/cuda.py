@@ -1,0 +1,178 @@
+"""The CUDA C++ backend: tensors to the extension that csrc/ is compiled to, installed or on first use."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends import Backend, Precision, Problem, Scale, cuda_build, eager
+from lora_kernels.backends.sync import zeros_for
+from lora_kernels.dropout import Dropout
+from lora_kernels.nf4 import NF4Weight
+from lora_kernels.weights import Weight
+
+# In the order of problem.h.
+_PRECISIONS: dict[Precision, int] = {"native": 0, "rounded": 1, "split": 2}
+
+
+def forward(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+    want_s: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y = x W^T + S B^T + b and S = scale * mask(x) A^T."""
+    stored = weight if isinstance(weight, NF4Weight) else weight.T
+    y, s = one_pass(x, stored, lora_A.T, lora_B.T, bias, scale, dropout, True, precision)
+    return y, s if want_s else None
+
+
+def backward_input(
+    dy: Tensor,
+    weight: Weight | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+    want_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """T = scale * dy B and dx = dy W + mask(T A)."""
+    if not want_dx:
+        # No big product to share a pass with: what is left is a library's business.
+        return eager.backward_input(dy, None, None, lora_B, scale, None, precision, want_dx=False)
+    assert weight is not None and lora_A is not None
+    return one_pass(dy, weight, lora_B, lora_A, None, scale, dropout, False, precision)
+
+
+def backward_adapters(
+    x: Tensor | None,
+    dy: Tensor,
+    s: Tensor | None,
+    t: Tensor | None,
+    dropout: Dropout | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA = T^T mask(x) where T and x are given, dB = dy^T S where S is given, both in `dtype`."""
+    dA, dB = _extension(dy.device).adapter_grads(
+        x, dy, s, t, *_mask(dropout), dtype == torch.float32, _stream(dy.device)
+    )
+    return dA, dB
+
+
+def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """What weight.dequantize(dtype) gives, to the bit, at the speed of a copy."""
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    _extension(out.device).dequantize(_packed(weight), out, _stream(out.device))
+    return out
+
+
+def one_pass(
+    left: Tensor,
+    weight: Weight,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    forward: bool,
+    precision: Precision,
+    *,
+    portable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """out = left weight + mask(S up) + bias and S = scale * mask(left) down.
+
+    Args:
+        left: [M, K] with contiguous rows.
+        weight: [K, N] of any strides; an NF4 weight as it is stored, [N, K] forward and [K, N] backward.
+        down: [K, R], up: [R, N]: views of the adapters.
+        forward: the dropout mask sits on left, and not on S up.
+        portable: forgo the kernel for the chip at hand, for the one that every chip runs.
+    Returns:
+        out [M, N] in left's dtype; S [M, R], in float32 if precision is "split".
+    """
+    dense, packed = (None, _packed(weight)) if isinstance(weight, NF4Weight) else (weight, None)
+    number, scale_tensor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    out, s = _extension(left.device).one_pass(
+        left,
+        dense,
+        packed,
+        down,
+        up,
+        bias,
+        number,
+        scale_tensor,
+        *_mask(dropout),
+        forward,
+        _PRECISIONS[precision],
+        portable,
+        # More than any kernel here counts in: some for each 64 rows of left and each 32 of the rank.
+        zeros_for(left.device, 64 + (left.shape[0] // 64 + 4) * (2 + down.shape[1] // 32)),
+        _stream(left.device),
+    )
+    return out, s
+
+
+def _mask(dropout: Dropout | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if dropout is None else (dropout.seed, dropout.threshold)
+
+
+def _packed(weight: NF4Weight) -> tuple[Any, ...]:
+    nested = (weight.nested_absmax, weight.nested_map, weight.offset)
+    return (weight.packed, weight.absmax, *nested, weight.block_size, *weight.shape)
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)  # type: ignore[attr-defined,no-any-return]
+
+
+@cache
+def _extension(device: torch.device) -> Any:
+    return cuda_build.load(torch.cuda.get_device_capability(device))
+
+
+def _refuses(problem: Problem) -> str | None:
+    if problem.device.type != "cuda":
+        return f"x is on {problem.device}, and its kernels run on CUDA GPUs"
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    if problem.in_features == 0 or problem.out_features == 0:
+        return "in_features and out_features must be at least 1"
+    capability = torch.cuda.get_device_capability(problem.device)
+    if capability < (8, 0):
+        return f"compute capability is {capability[0]}.{capability[1]}, and the kernels need 8.0"
+    if cuda_build.is_built(capability):
+        return None
+    missing = cuda_build.missing()
+    return None if missing is None else f"it is not compiled, and cannot be here: {missing}"
+
+
+def _declines(problem: Problem) -> str | None:
+    if not cuda_build.is_built(torch.cuda.get_device_capability(problem.device)):
+        return "it is not compiled yet, which takes a minute or two: backend='cuda' does it on its first call"
+    if problem.dtype == torch.float32:
+        return "float32 takes no tensor cores here, where the libraries' kernels are faster"
+    return None
+
+
+def _describe(problem: Problem) -> str | None:
+    capability = torch.cuda.get_device_capability(problem.device)
+    if not cuda_build.is_built(capability):
+        state = "compiled on the first call"
+    else:
+        state = "compiled at installation" if cuda_build.has_prebuilt() else "compiled before"
+    kernels = "wgmma and TMA where they fit, else mma" if capability == (9, 0) else "mma"
+    arithmetic = "float32 arithmetic" if problem.dtype == torch.float32 else f"tensor cores ({kernels})"
+    weight = "; up to 48 tokens straight from the NF4 weight, more from a decoded copy" if problem.nf4 else ""
+    return f"CUDA C++, {state}; {arithmetic}{weight}"
+
+
+BACKEND = Backend("cuda", _refuses, _declines, forward, backward_input, backward_adapters, _describe)

@@ -1,0 +1,114 @@
+"""Whether a run is slower, or takes more memory, than an earlier one: beyond what both runs say is noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lora_kernels.cli.bench.clock import Times
+from lora_kernels.cli.bench.providers import FLOOR
+from lora_kernels.cli.bench.results import Measurement, ModelMeasurement, Results
+from lora_kernels.cli.bench.table import ratio
+from lora_kernels.cli.errors import UserError
+
+# Two runs of the same thing differ by about as much even where samples within a run do not.
+LEAST_NOISE = 0.01
+# The allocator hands memory out in blocks of 2 MiB.
+_MEMORY_NOISE = 2 << 20
+
+Figure = Measurement | ModelMeasurement
+
+
+@dataclass
+class Comparison:
+    """Against a baseline: lines for what got worse and what got better, and how much was comparable."""
+
+    worse: list[str] = field(default_factory=list)
+    better: list[str] = field(default_factory=list)
+    compared: int = 0
+    not_compared: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"against the baseline: {self.compared} figures compared, {self.not_compared} have no counterpart"]
+        lines += [f"  better: {line}" for line in self.better]
+        lines += [f"  WORSE:  {line}" for line in self.worse]
+        return "\n".join([*lines, f"  {len(self.worse)} got worse, {len(self.better)} better, beyond the noise"])
+
+
+def require_comparable(baseline: Results, environment: Mapping[str, object]) -> None:
+    """Refuses a baseline from another GPU before anything is measured.
+
+    Raises:
+        UserError: the devices differ.
+    """
+    before, now = baseline.environment.get("device"), environment["device"]
+    if before != now:
+        raise UserError(f"--baseline: it was measured on {before}, but this is {now}")
+
+
+def compare(baseline: Results, now: Results) -> Comparison:
+    """Compares ratios to the floor of each run, so that a slower clock of the whole chip is no regression."""
+    comparison = Comparison()
+    _compare_figures(comparison, baseline.measurements, now.measurements)
+    _compare_figures(comparison, baseline.models, now.models)
+    return comparison
+
+
+def _compare_figures(comparison: Comparison, baseline: Sequence[Figure], now: Sequence[Figure]) -> None:
+    earlier, floors_before, floors_now = _by_key(baseline), _floors(baseline), _floors(now)
+    for figure in now:
+        before = earlier.get(figure.key)
+        if figure.provider == FLOOR:
+            continue
+        if before is None or (before.times is None and before.peak_bytes is None):
+            comparison.not_compared += 1
+            continue
+        comparison.compared += 1
+        _compare_memory(comparison, before, figure)
+        if before.times is None:
+            continue
+        if figure.times is None:
+            comparison.worse.append(f"{_name(figure)}: has no time any more: {figure.reason}")
+            continue
+        floor_before, floor_now = floors_before.get(_place(figure)), floors_now.get(_place(figure))
+        if floor_before is not None and floor_now is not None:
+            _compare_times(comparison, figure, ratio(before.times, floor_before), ratio(figure.times, floor_now))
+        else:
+            absolute = [(t.median, t.median * t.spread) for t in (before.times, figure.times)]
+            _compare_times(comparison, figure, *absolute)
+
+
+def _compare_times(
+    comparison: Comparison, figure: Figure, before: tuple[float, float], now: tuple[float, float]
+) -> None:
+    (old, old_error), (new, new_error) = before, now
+    noise = max(old_error + new_error, LEAST_NOISE * old)
+    if abs(new - old) > noise:
+        line = f"{_name(figure)}: {old:.3f} -> {new:.3f}, noise ±{noise:.3f}"
+        (comparison.worse if new > old else comparison.better).append(line)
+
+
+def _compare_memory(comparison: Comparison, before: Figure, figure: Figure) -> None:
+    if before.peak_bytes is None or figure.peak_bytes is None:
+        return
+    if figure.peak_bytes > before.peak_bytes * (1 + LEAST_NOISE) + _MEMORY_NOISE:
+        old, new = before.peak_bytes / 2**20, figure.peak_bytes / 2**20
+        comparison.worse.append(f"{_name(figure)}: peak memory {old:.1f} -> {new:.1f} MiB")
+
+
+def _by_key(figures: Sequence[Figure]) -> dict[tuple[object, ...], Figure]:
+    return {figure.key: figure for figure in figures}
+
+
+def _floors(figures: Sequence[Figure]) -> dict[tuple[object, ...], Times]:
+    return {_place(f): f.times for f in figures if f.provider == FLOOR and f.times is not None}
+
+
+def _place(figure: Figure) -> tuple[object, ...]:
+    """Which figures share a floor: all of the key but the provider."""
+    return dataclasses.replace(figure, provider=FLOOR).key
+
+
+def _name(figure: Figure) -> str:
+    return ", ".join(str(part) for part in figure.key)

@@ -1,0 +1,63 @@
+"""Whether a provider's output and gradients are right: a wrong answer gets no time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels.cli.bench.cases import DTYPES, SCALING, Operands
+from lora_kernels.cli.bench.providers import Layer, WrongAnswer
+from lora_kernels.reference import lora_linear_reference
+
+# ||value - exact|| / ||exact||. Two roundings to bfloat16 make 2.7e-3; a lost term of the sum makes far more.
+LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+_ROWS = 4096
+
+
+@dataclass
+class Exact:
+    """y, dx, dA and dB in float64, kept in float32 (which is exact enough for every limit); dA, dB may not exist."""
+
+    values: dict[str, Tensor]
+
+    @staticmethod
+    def of(operands: Operands, with_lora: bool) -> Exact:
+        """Computed by the reference, some rows at a time: float64 is large."""
+        weight = operands.weight.double()
+        lora_A, lora_B = operands.lora_A.detach().double(), operands.lora_B.detach().double()
+        scaling = SCALING if with_lora else 0.0
+        sums = {"dA": torch.zeros_like(lora_A), "dB": torch.zeros_like(lora_B)}
+        rows: dict[str, list[Tensor]] = {"y": [], "dx": []}
+        for x, dy in zip(*(torch.split(t, _ROWS) for t in (operands.x.detach(), operands.dy)), strict=True):
+            leaves = [t.requires_grad_() for t in (x.double(), lora_A, lora_B)]
+            y = lora_linear_reference(leaves[0], weight, leaves[1], leaves[2], scaling=scaling)
+            dx, dA, dB = torch.autograd.grad(y, leaves, dy.double())
+            rows["y"].append(y.detach().float())
+            rows["dx"].append(dx.float())
+            sums["dA"] += dA
+            sums["dB"] += dB
+        values = {name: torch.cat(parts) for name, parts in rows.items()}
+        if with_lora:
+            values |= {name: total.float() for name, total in sums.items()}
+        return Exact(values)
+
+
+def check(layer: Layer, operands: Operands, exact: Exact) -> dict[str, float]:
+    """The relative error of the output and of each gradient.
+
+    Raises:
+        WrongAnswer: one of them is off by more than its dtype explains.
+    """
+    y = layer.forward(operands.x)
+    gradients = torch.autograd.grad(y, (operands.x, *layer.adapters), operands.dy)
+    got = dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *gradients), strict=False))
+    limit = LIMITS[DTYPES[operands.case.dtype]]
+    errors = {}
+    for name, expected in exact.values.items():
+        errors[name] = float((got[name].float() - expected).norm() / expected.norm())
+        # The negation also catches NaN.
+        if not errors[name] < limit:
+            raise WrongAnswer(f"wrong answer: {name} is off by {errors[name]:.1e}, more than {limit:.0e}")
+    return errors

@@ -1,0 +1,197 @@
+"""A decoder with random weights, and the ways to train it: all of them around the same frozen weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import use_backend
+from lora_kernels.cli.bench.providers import FLOOR, Missing
+from lora_kernels.cli.bench.shapes import PROJECTIONS, ModelShape
+from lora_kernels.dispatch import PREFERENCE, BackendName
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class ModelProvider:
+    """How a model is trained.
+
+    `backend`: ours, or None for PEFT's own code. `float32`: adapters in float32 under autocast, as Trainer has it.
+    Without `lora` nothing is trained and the backward still runs through every layer: the floor.
+    """
+
+    lora: bool = True
+    backend: BackendName | None = None
+    float32: bool = False
+    compiled: bool = False
+
+
+REFERENCE = "peft"
+MODEL_PROVIDERS: dict[str, ModelProvider] = {
+    FLOOR: ModelProvider(lora=False),
+    REFERENCE: ModelProvider(),
+    "peft-float32": ModelProvider(float32=True),
+    "peft-compile": ModelProvider(compiled=True),
+    **{name: ModelProvider(backend=name) for name in reversed(PREFERENCE)},
+    "triton-float32": ModelProvider(backend="triton", float32=True),
+}
+# Compiling a whole model takes minutes.
+DEFAULT_PROVIDERS = tuple(name for name in MODEL_PROVIDERS if name != "peft-compile")
+
+
+def build(
+    shape: ModelShape, layers: int, seq: int, quantize: str | None, device: torch.device, count: Iterable[int]
+) -> nn.Module:
+    """A Llama of a shape, frozen. `count` runs over its layers: only one of them is ever held in 16 bits if quantized.
+
+    The embedding and the head stay in 16 bits, as in QLoRA.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=0,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=max(seq, 8192),
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(device), _default_dtype(DTYPE):
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=DTYPE)
+        for index in count:
+            layer = LlamaDecoderLayer(model.config, index)
+            if quantize:
+                _quantize(layer)
+            model.model.layers.append(layer)
+    model.config.num_hidden_layers = layers
+    # What PEFT asks a model for, to choose its layers for bitsandbytes'.
+    model.is_loaded_in_4bit = quantize is not None
+    frozen: nn.Module = model.requires_grad_(False)
+    return frozen
+
+
+def _quantize(layer: nn.Module) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+        small = Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=DTYPE, quant_type="nf4", device="meta"
+        )
+        weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4", module=small)
+        # Moving it is what quantizes it.
+        small.weight = weight.to(linear.weight.device)
+        parent, _, child = name.rpartition(".")
+        setattr(layer.get_submodule(parent), child, small)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Trained:
+    """A provider's model around the frozen weights of `base`, which it shares, and its optimizer."""
+
+    def __init__(self, provider: ModelProvider, base: nn.Module, rank: int, checkpointing: bool) -> None:
+        self.provider = provider
+        self.device = next(base.parameters()).device
+        self.model: nn.Module = copy.deepcopy(base, _shared(base))
+        if provider.lora:
+            self.model = _with_adapters(self.model, rank, provider)
+        decoder: Any = self.model.get_base_model() if provider.lora else self.model  # type: ignore[operator]
+        # So that every layer has a gradient to hand down, with adapters in it or not.
+        decoder.enable_input_require_grads()
+        if checkpointing:
+            decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=self._checkpointing())
+        self.model.train()
+        self.adapters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        _fill(self.adapters)
+        fused = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=1e-4, fused=fused) if self.adapters else None
+        if provider.compiled:
+            self.model.compile()
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """The loss of a batch, its gradients added to the adapters'."""
+        autocast = torch.autocast(self.device.type, DTYPE) if self.provider.float32 else nullcontext()
+        with autocast, self._backend():
+            loss: Tensor = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """A training step."""
+        loss = self.loss(tokens)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.drop_gradients()
+        return loss
+
+    def drop_gradients(self) -> None:
+        """Gives their memory back."""
+        for adapter in self.adapters.values():
+            adapter.grad = None
+
+    def _backend(self) -> AbstractContextManager[None]:
+        return use_backend(self.provider.backend) if self.provider.backend else nullcontext()
+
+    def _checkpointing(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"use_reentrant": False}
+        if self.provider.backend:
+            # The recomputation runs on a thread of autograd's, where no use_backend holds but its own.
+            options["context_fn"] = lambda: (self._backend(), self._backend())
+        return options
+
+
+def _shared(base: nn.Module) -> dict[int, Any]:
+    """What a copy of the model is not to copy: tensors, and the scales of bitsandbytes, which are neither."""
+    scales = [getattr(module, "quant_state", None) for module in base.modules()]
+    return {id(part): part for part in (*base.parameters(), *base.buffers(), *scales) if part is not None}
+
+
+def _with_adapters(model: nn.Module, rank: int, provider: ModelProvider) -> nn.Module:
+    if importlib.util.find_spec("peft") is None:
+        raise Missing("peft is not installed")
+    from peft import LoraConfig, get_peft_model
+
+    names = list(PROJECTIONS)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
+    adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=provider.float32)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            # Over a quantized base PEFT leaves them in float32 whatever it is told.
+            parameter.data = parameter.data.to(torch.float32 if provider.float32 else DTYPE)
+    if provider.backend:
+        from lora_kernels import apply_lora_kernels
+
+        report = apply_lora_kernels(adapted)
+        if report.not_fused:
+            reason = next(layer.reason for layer in report if layer.reason)
+            raise Missing(f"{report.not_fused} of {len(report)} layers are not fused: {reason}")
+    return adapted
+
+
+def _fill(adapters: dict[str, nn.Parameter]) -> None:
+    """The same adapters for every provider; B is not zero, as after some steps of training."""
+    for index, (_, adapter) in enumerate(sorted(adapters.items())):
+        generator = torch.Generator(adapter.device).manual_seed(index)
+        values = torch.randn(adapter.shape, generator=generator, device=adapter.device)
+        # A is [r, K] and B [N, r]: either way what comes out of the branch is a tenth of what comes out of the layer.
+        adapter.data.copy_(values * (0.3 * adapter.shape[1] ** -0.5))

@@ -1,0 +1,227 @@
+"""The options of the bench command, and what follows from the device."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_kernels.cli.arguments import number, whole
+from lora_kernels.cli.bench.cases import DTYPES, SUITES, Case
+from lora_kernels.cli.bench.clock import LAUNCHES, REGIMES
+from lora_kernels.cli.bench.models import DEFAULT_PROVIDERS, MODEL_PROVIDERS
+from lora_kernels.cli.bench.providers import FLOOR, NOT_QUICK, PROVIDERS
+from lora_kernels.cli.bench.shapes import MODELS, TINY, ModelShape, projection_shapes
+from lora_kernels.cli.errors import UserError
+
+EVERYTHING = tuple(name for name in SUITES if name not in ("quick", "tiny"))
+# The architecture that whole models are built with.
+WHOLE_MODELS = {**{name: MODELS[name] for name in ("llama-8b", "llama-70b", "mistral-7b")}, "tiny": TINY}
+QUICK_SECONDS = 35.0
+_SAMPLES, _QUICK_SAMPLES, _CPU_TIME_SAMPLES = 30, 10, 200
+_M = (8192, 2048)
+_CASE_OPTIONS = ("ranks", "dropout", "adapters", "dtype", "nf4", "m")
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every kind of run has. `baseline` is compared with, `plots` are drawn, `out` gets the files."""
+
+    device: str
+    baseline: Path | None
+    plots: bool
+    out: Path
+
+
+@dataclass(frozen=True)
+class LayerOptions(Common):
+    """A run over single layers. No case is started after `seconds`; `what` is "time", "cpu-time" or "memory"."""
+
+    cases: tuple[Case, ...]
+    providers: tuple[str, ...]
+    regimes: tuple[str, ...]
+    launches: tuple[str, ...]
+    samples: int
+    seconds: float
+    what: str
+
+
+@dataclass(frozen=True)
+class ModelOptions(Common):
+    """A run over a whole model; `layers` of it are built."""
+
+    model: str
+    layers: int
+    batch: int
+    seq: int
+    rank: int
+    quantize: str | None
+    checkpointing: bool
+    providers: tuple[str, ...]
+    steps: int
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes of the model."""
+        return WHOLE_MODELS[self.model]
+
+
+@dataclass(frozen=True)
+class PlotOptions(Common):
+    """No run: the tables and pictures of an earlier one."""
+
+    file: Path
+
+
+Options = LayerOptions | ModelOptions | PlotOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    kinds = parser.add_argument_group("what to run (default: all suites, which takes a while)")
+    kind = kinds.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help="a few cases, within a minute on a GPU")
+    kind.add_argument("--suite", nargs="+", choices=SUITES, metavar="NAME", help=f"of {', '.join(SUITES)}")
+    kind.add_argument("--shapes", nargs="+", type=parse_shape, metavar="MxKxN", help="layers: tokens, in, out")
+    kind.add_argument("--projections", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    kind.add_argument("--model", choices=WHOLE_MODELS, help="training steps of a whole model with random weights")
+    kind.add_argument("--plot", type=Path, metavar="FILE", help="show an earlier results.json; measure nothing")
+
+    layers = parser.add_argument_group("layers")
+    layers.add_argument("--m", nargs="+", type=whole(1), help="with --projections: tokens (default: 8192 2048)")
+    layers.add_argument("--ranks", nargs="+", type=whole(1), help="with --shapes or --projections (default: 16)")
+    layers.add_argument("--dropout", type=number(from_=0, below=1), help="likewise (default: 0)")
+    layers.add_argument("--dtype", choices=DTYPES, help="likewise (default: bfloat16; on a CPU float32)")
+    layers.add_argument("--adapters", choices=DTYPES, help="likewise (default: as --dtype)")
+    layers.add_argument("--nf4", action="store_true", default=None, help="likewise: 4-bit frozen weights")
+    layers.add_argument("--regimes", nargs="+", choices=REGIMES, help="default: both")
+    layers.add_argument("--launches", nargs="+", choices=LAUNCHES, help="default: both")
+    layers.add_argument(
+        "--samples", type=whole(2), help=f"of each figure (default: {_SAMPLES}; {_CPU_TIME_SAMPLES} of CPU time)"
+    )
+    figure = layers.add_mutually_exclusive_group()
+    figure.add_argument("--cpu-time", action="store_true", help="the CPU's time for a forward and backward, instead")
+    figure.add_argument("--memory", action="store_true", help="peak memory alone, instead")
+
+    model = parser.add_argument_group("whole models")
+    model.add_argument("--layers", type=whole(1), help="build only so many (default: all); nothing is extrapolated")
+    model.add_argument("--batch", type=whole(1), default=2, help="default: 2")
+    model.add_argument("--seq", type=whole(2), help="default: 4096; on a CPU 64")
+    model.add_argument("--rank", type=whole(1), default=16, help="default: 16")
+    model.add_argument("--quantize", choices=["nf4"], help="keep the frozen weights in 4 bits")
+    model.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    model.add_argument("--steps", type=whole(1), default=5, help="measured steps of each provider (default: 5)")
+
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(PROVIDERS)}; with --model of {', '.join(MODEL_PROVIDERS)}",
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier results.json; worse is exit status 1")
+    parser.add_argument("--note", metavar="TEXT", help="kept in results.json: the commit, where this is no checkout")
+    parser.add_argument("--no-plots", action="store_true", help="write results.json alone")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        metavar="DIR",
+        help="where results go; earlier ones there are replaced (default: runs/bench)",
+    )
+
+
+def from_args(args: argparse.Namespace, *, has_gpu: bool) -> Options:
+    """Fills in the defaults that depend on the device, and refuses what does not fit together."""
+    if args.device == "cuda" and not has_gpu:
+        raise UserError("--device cuda: there is no GPU that torch can use")
+    device = args.device or ("cuda" if has_gpu else "cpu")
+    common = (device, args.baseline, not args.no_plots, args.out)
+    if args.plot:
+        return PlotOptions(*common, file=args.plot)
+    _refuse_unused(args)
+    return _model_options(args, common) if args.model else _layer_options(args, common)
+
+
+def _layer_options(args: argparse.Namespace, common: tuple[str, Path | None, bool, Path]) -> LayerOptions:
+    on_cpu = common[0] == "cpu"
+    if on_cpu and (args.regimes or args.launches):
+        raise UserError("--regimes and --launches: a CPU has neither")
+    if on_cpu and args.memory:
+        raise UserError("--memory: only a GPU's memory is accounted for")
+    default = [name for name in PROVIDERS if not (args.quick and name in NOT_QUICK)]
+    return LayerOptions(
+        *common,
+        cases=tuple(dict.fromkeys(_cases(args, on_cpu))),
+        providers=_providers(args.providers or default, list(PROVIDERS)),
+        regimes=tuple(args.regimes or (REGIMES[:1] if args.quick else REGIMES)),
+        launches=tuple(args.launches or LAUNCHES),
+        samples=args.samples or (_CPU_TIME_SAMPLES if args.cpu_time else _QUICK_SAMPLES if args.quick else _SAMPLES),
+        seconds=QUICK_SECONDS if args.quick else float("inf"),
+        what="cpu-time" if args.cpu_time else "memory" if args.memory else "time",
+    )
+
+
+def _model_options(args: argparse.Namespace, common: tuple[str, Path | None, bool, Path]) -> ModelOptions:
+    every = WHOLE_MODELS[args.model].layers
+    if (args.layers or 1) > every:
+        raise UserError(f"--layers {args.layers}: {args.model} has {every}")
+    return ModelOptions(
+        *common,
+        model=args.model,
+        layers=args.layers or every,
+        batch=args.batch,
+        seq=args.seq or (64 if common[0] == "cpu" else 4096),
+        rank=args.rank,
+        quantize=args.quantize,
+        checkpointing=not args.no_checkpointing,
+        providers=_providers(args.providers or list(DEFAULT_PROVIDERS), list(MODEL_PROVIDERS)),
+        steps=args.steps,
+    )
+
+
+def _cases(args: argparse.Namespace, on_cpu: bool) -> Iterator[Case]:
+    if args.shapes or args.projections:
+        shapes = args.shapes or [
+            (M, *kn) for name in args.projections for M in args.m or _M for kn in projection_shapes(name)
+        ]
+        dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+        for M, K, N in shapes:
+            for rank in args.ranks or [16]:
+                yield Case(M, K, N, rank, args.dropout or 0.0, dtype, args.adapters or dtype, bool(args.nf4))
+    else:
+        small = ["tiny"] if on_cpu else ["quick"] if args.quick else None
+        for name in args.suite or small or EVERYTHING:
+            yield from SUITES[name]
+
+
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """An option that would change nothing is a misunderstanding."""
+    given = {name for name in _CASE_OPTIONS if getattr(args, name) is not None}
+    if given and not (args.shapes or args.projections):
+        raise UserError(f"--{min(given)} goes with --shapes or --projections: suites are what they are")
+    if args.m and args.shapes:
+        raise UserError("--m goes with --projections: --shapes has its own")
+    of_models = {"layers": None, "seq": None, "quantize": None, "no_checkpointing": False}
+    for name, default in of_models.items():
+        if getattr(args, name) != default and not args.model:
+            raise UserError(f"--{name.replace('_', '-')} goes with --model")
+
+
+def _providers(names: list[str], known: list[str]) -> tuple[str, ...]:
+    for name in names:
+        if name not in known:
+            raise UserError(f"--providers {name}: must be of {', '.join(known)}")
+    # The floor always takes part: every figure is a ratio to it.
+    return tuple(name for name in known if name == FLOOR or name in names)
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """An argparse type: MxKxN."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be MxKxN, three whole numbers from 1 up, not {text!r}")
+    M, K, N = map(int, found.groups())
+    return M, K, N

@@ -1,0 +1,211 @@
+"""What a run leaves behind: every figure, with the machine and the versions it was measured on, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora_kernels
+from lora_kernels.cli.bench.cases import Case
+from lora_kernels.cli.bench.clock import CPU, Times
+from lora_kernels.cli.bench.roofline import Ceilings
+from lora_kernels.cli.environment import gpu_names, versions
+from lora_kernels.cli.errors import UserError
+
+FORMAT = 1
+RESULTS_FILE = "results.json"
+_GPU_STATE = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure: a provider's part ("forward" or "step") of a case, or the reason why it has none.
+
+    `peak_bytes` is the memory that the part takes beyond what was there before it; `bytes` and `flops` are what
+    it must move and compute, `roofline_us` what that takes at the ceilings of the run. None: not measured.
+    """
+
+    case: Case
+    provider: str
+    part: str
+    regime: str
+    launches: str
+    times: Times | None = None
+    reason: str | None = None
+    peak_bytes: int | None = None
+    bytes: float | None = None
+    flops: float | None = None
+    roofline_us: float | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What it is a figure of."""
+        return self.case, self.provider, self.part, self.regime, self.launches
+
+
+@dataclass(frozen=True)
+class ModelMeasurement:
+    """A provider's training step of a whole model, or the reason why it has no figure."""
+
+    model: str
+    layers: int
+    all_layers: int
+    batch: int
+    seq: int
+    rank: int
+    quantize: str | None
+    checkpointing: bool
+    provider: str
+    times: Times | None = None
+    peak_bytes: int | None = None
+    reason: str | None = None
+    losses: tuple[float, ...] = ()
+    gradient_error: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the model that was measured, with as many layers as it had."""
+        return None if self.times is None else 1e6 * self.batch * self.seq / self.times.median
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What it is a figure of."""
+        how = self.batch, self.seq, self.rank, self.quantize, self.checkpointing
+        return self.model, self.layers, *how, self.provider
+
+
+@dataclass
+class Results:
+    """One run. `ceilings` has those of each "regime, launches"; `gpu_states` what nvidia-smi said, and when: while
+    the GPU was at work in the warm regime, and idle otherwise.
+    """
+
+    environment: dict[str, Any]
+    ceilings: dict[str, Ceilings] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    models: list[ModelMeasurement] = field(default_factory=list)
+    gpu_states: list[dict[str, str]] = field(default_factory=list)
+    interrupted: bool = False
+
+    def note_gpu(self, when: str) -> None:
+        """Remembers clocks, power and temperature of this moment."""
+        self.gpu_states.append({"when": when} | gpu_state())
+
+    def write(self, folder: Path) -> None:
+        """All at once, so that a run that is killed leaves what it had written before."""
+        data = dataclasses.asdict(self) | {"format": FORMAT}
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+            file.write("\n")
+        Path(file.name).chmod(0o644)
+        Path(file.name).replace(folder / RESULTS_FILE)
+
+
+def read_results(path: Path) -> Results:
+    """What an earlier run wrote.
+
+    Raises:
+        UserError: the file cannot be read, or is not one.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path}: not a file of results, its JSON is damaged") from None
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: not a file of results of format {FORMAT}")
+    try:
+        return Results(
+            environment=data["environment"],
+            ceilings={name: Ceilings(**values) for name, values in data["ceilings"].items()},
+            measurements=[_measurement(values) for values in data["measurements"]],
+            models=[_model(values) for values in data["models"]],
+            gpu_states=data["gpu_states"],
+            interrupted=data["interrupted"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a file of results of format {FORMAT} ({error})") from None
+
+
+def _measurement(values: dict[str, Any]) -> Measurement:
+    return Measurement(**values | {"case": Case(**values["case"]), "times": _times(values["times"])})
+
+
+def _model(values: dict[str, Any]) -> ModelMeasurement:
+    return ModelMeasurement(**values | {"times": _times(values["times"]), "losses": tuple(values["losses"])})
+
+
+def _times(values: dict[str, Any] | None) -> Times | None:
+    return None if values is None else Times(**values)
+
+
+def require_writable(folder: Path) -> None:
+    """Refuses a folder that cannot be written before anything is measured, a full disk included.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # As much as the results and the pictures of a run take.
+            file.write(bytes(4 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides the code: the device, versions, commit, command line."""
+    return {
+        "command": shlex.join(["python", "-m", "lora_kernels", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "versions": versions(),
+        "device": CPU if device.type == "cpu" else gpu_names()[device.index or 0],
+        "gpu_state": gpu_state(),
+    }
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks, power and temperature of the GPU, or why they are not known."""
+    if not torch.cuda.is_available():
+        return {"unknown": "there is no GPU"}
+    # Not by number: the machine's is not torch's where CUDA_VISIBLE_DEVICES says otherwise.
+    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    command = ["nvidia-smi", f"--query-gpu={_GPU_STATE}", "--format=csv,noheader", f"--id={gpu}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"unknown": f"nvidia-smi: {error}"}
+    return dict(zip(_GPU_STATE.split(","), done.stdout.strip().split(", "), strict=False))
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the package runs from, and whether it was changed; None where it is none."""
+    try:
+        # An installed copy may lie inside of somebody else's checkout, which does not track it.
+        _git("ls-files", "--error-unmatch", "__init__.py")
+        changed = _git("status", "--porcelain", "--untracked-files=no", ".")
+        return _git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(lora_kernels.__file__).parent
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,130 @@
+"""The results in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+from lora_kernels.cli.bench.cases import Case
+from lora_kernels.cli.bench.clock import Times
+from lora_kernels.cli.bench.providers import FLOOR, PROVIDERS
+from lora_kernels.cli.bench.results import Measurement, ModelMeasurement, Results
+
+_MIB, _GIB = 1 << 20, 1 << 30
+_NONE = "-"
+_HEADINGS = ("", "forward", "step", "of roofline", "peak MiB", "must move MiB")
+_WIDTHS = (16, 20, 20, 14, 18, 18)
+
+
+def layer_tables(results: Results) -> str:
+    """A block for each regime and kind of launches, a line for each provider of each case."""
+    blocks = []
+    by_clock: dict[tuple[str, str], list[Measurement]] = {}
+    for measurement in results.measurements:
+        by_clock.setdefault((measurement.regime, measurement.launches), []).append(measurement)
+    for (regime, launches), measurements in by_clock.items():
+        blocks.append("\n".join(_block(f"{regime}, {launches}", measurements, results)))
+    return "\n\n".join(blocks + _reasons(results.measurements))
+
+
+def ratio(times: Times, floor: Times) -> tuple[float, float]:
+    """A time as a multiple of the floor's, and how far that may be off: half the interquartile ranges of both."""
+    value = times.median / floor.median
+    return value, value * (times.spread + floor.spread)
+
+
+def _block(title: str, measurements: list[Measurement], results: Results) -> Iterator[str]:
+    yield f"{title}: microseconds of {FLOOR}, ratios to it; forward / step in the last three columns"
+    ceilings = results.ceilings.get(title)
+    if ceilings is not None:
+        yield (
+            f"this run's ceilings: {ceilings.bytes_per_second / 1e12:.2f} TB/s, "
+            f"{ceilings.flops_per_second / 1e12:.1f} TFLOP/s"
+        )
+    yield _line(_HEADINGS)
+    for case, of_case in groupby(measurements, key=lambda m: m.case):
+        yield str(case)
+        yield from _case_lines(list(of_case))
+
+
+def _case_lines(measurements: list[Measurement]) -> Iterator[str]:
+    found = {(m.provider, m.part): m for m in measurements}
+    # Who has no figure at all is listed at the end, with the reason.
+    shown = {m.provider for m in measurements if m.reason is None}
+    for provider in sorted(shown, key=list(PROVIDERS).index):
+        forward, step = (found.get((provider, part)) for part in ("forward", "step"))
+        floors = (found.get((FLOOR, part)) for part in ("forward", "step"))
+        times = [_time(m, floor) for m, floor in zip((forward, step), floors, strict=True)]
+        pair = [m for m in (forward, step) if m is not None]
+        yield _line((f"  {provider}", *times, _pair(pair, _roofline), _pair(pair, _peak), _pair(pair, _moved)))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "".join(f"{cell:<{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip()
+
+
+def _time(measurement: Measurement | None, floor: Measurement | None) -> str:
+    if measurement is None or measurement.times is None:
+        return _NONE
+    times = measurement.times
+    if measurement.provider == FLOOR or floor is None or floor.times is None:
+        return f"{times.median:.1f} us ±{100 * times.spread:.1f}%"
+    value, error = ratio(times, floor.times)
+    return f"{value:.2f} ±{error:.2f}"
+
+
+def _pair(measurements: list[Measurement], text: Callable[[Measurement], str]) -> str:
+    return " / ".join(text(m) for m in measurements)
+
+
+def _roofline(m: Measurement) -> str:
+    return _NONE if m.times is None or m.roofline_us is None else f"{100 * m.roofline_us / m.times.median:.0f}%"
+
+
+def _peak(m: Measurement) -> str:
+    return _NONE if m.peak_bytes is None else f"{m.peak_bytes / _MIB:.1f}"
+
+
+def _moved(m: Measurement) -> str:
+    return _NONE if m.bytes is None else f"{m.bytes / _MIB:.1f}"
+
+
+def _reasons(measurements: Sequence[Measurement]) -> list[str]:
+    """Why figures are missing, each reason once for all cases that share it."""
+    missing: dict[tuple[str, str], set[Case]] = {}
+    for m in measurements:
+        if m.reason is not None:
+            missing.setdefault((m.provider, m.reason), set()).add(m.case)
+    if not missing:
+        return []
+    lines = [
+        f"  {provider:<14}{reason} ({len(cases)} case{'s' if len(cases) > 1 else ''})"
+        for (provider, reason), cases in missing.items()
+    ]
+    return ["\n".join(["no figure:", *lines])]
+
+
+def model_table(measurements: Sequence[ModelMeasurement]) -> str:
+    """A line for each provider of each whole model."""
+    lines: list[str] = []
+    for title, group in groupby(measurements, key=_model_title):
+        lines += [title, f"  {'':<18}{'tokens/s':>12}{'± %':>8}{'of floor':>10}{'peak GiB':>10}"]
+        members = list(group)
+        floor = next((m.tokens_per_second for m in members if m.provider == FLOOR), None)
+        lines += [_model_line(m, floor) for m in members]
+    return "\n".join(lines)
+
+
+def _model_title(m: ModelMeasurement) -> str:
+    reduced = "" if m.layers == m.all_layers else f", REDUCED to {m.layers} of {m.all_layers} layers"
+    checkpointing = "checkpointing" if m.checkpointing else "no checkpointing"
+    base = m.quantize or "bfloat16"
+    return f"{m.model}{reduced}: {m.batch} x {m.seq} tokens, rank {m.rank}, {base}, {checkpointing}"
+
+
+def _model_line(m: ModelMeasurement, floor: float | None) -> str:
+    if m.times is None or m.tokens_per_second is None:
+        return f"  {m.provider:<18}{_NONE:>12}  {m.reason}"
+    relative = _NONE if floor is None else f"{m.tokens_per_second / floor:.3f}"
+    peak = _NONE if m.peak_bytes is None else f"{m.peak_bytes / _GIB:.2f}"
+    return f"  {m.provider:<18}{m.tokens_per_second:>12,.0f}{100 * m.times.spread:>8.1f}{relative:>10}{peak:>10}"

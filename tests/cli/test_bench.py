@@ -1,0 +1,258 @@
+"""`bench` from its options to its files, on a CPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from lora_kernels.cli.bench import command, options
+from lora_kernels.cli.bench.cases import SUITES, Case
+from lora_kernels.cli.bench.clock import Times
+from lora_kernels.cli.bench.layers import Plan
+from lora_kernels.cli.bench.plots import write_plots
+from lora_kernels.cli.bench.providers import PROVIDERS
+from lora_kernels.cli.bench.results import RESULTS_FILE, Measurement, Results, read_results
+from lora_kernels.cli.bench.roofline import Ceilings
+from lora_kernels.cli.main import build_parser, main
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SMALL = ["bench", "--device", "cpu", "--samples", "3", "--providers", "eager", "peft"]
+
+
+def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "out"
+    assert main([*SMALL, "--shapes", "5x48x40", "1x17x3", "--ranks", "3", "--out", str(out)]) == 0
+    found = read_results(out / RESULTS_FILE)
+    assert {m.provider for m in found.measurements} == {"frozen", "eager", "peft"}
+    assert len(found.measurements) == 2 * 2 * 3
+    assert [m.reason for m in found.measurements if m.times is None] == []
+    assert all(m.roofline_us and m.bytes and m.flops for m in found.measurements)
+    assert not found.interrupted
+    printed = capsys.readouterr().out
+    assert "on a CPU" in printed
+    assert "5x48x40 r3 float32" in printed
+    for name in ("ratios-cpu-eager.png", "roofline-cpu-eager.png"):
+        assert (out / name).read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_cpu_time(tmp_path: Path) -> None:
+    assert main([*SMALL, "--shapes", "5x48x40", "--cpu-time", "--no-plots", "--out", str(tmp_path)]) == 0
+    found = read_results(tmp_path / RESULTS_FILE).measurements
+    assert {(m.part, m.regime) for m in found} == {("step", "cpu time")}
+    assert all(m.times for m in found)
+    assert [path.name for path in tmp_path.iterdir()] == [RESULTS_FILE]
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """Every case has the same figures at once; the list tells which cases were measured."""
+    seen: list[Case] = []
+
+    def measure(case: Case, plan: Plan, ceilings: dict[str, Ceilings]) -> Iterator[Measurement]:
+        seen.append(case)
+        for name, median in (("frozen", 100.0), ("eager", 140.0)):
+            for part in ("forward", "step"):
+                times = Times(median, median * 0.99, median * 1.01, 30)
+                yield Measurement(case, name, part, "cpu", "eager", times)
+
+    monkeypatch.setattr(command, "measure_case", measure)
+    monkeypatch.setattr(command, "measure_ceilings", lambda *arguments: Ceilings(1e10, 1e12))
+    return seen
+
+
+def test_a_regression_is_exit_status_1(
+    instant: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, "--no-plots", "--out", str(tmp_path)]) == 0
+    path = tmp_path / RESULTS_FILE
+    again = [*SMALL, "--no-plots", "--out", str(tmp_path / "now"), "--baseline", str(path)]
+    assert main(again) == 0
+    assert "0 got worse" in capsys.readouterr().out
+
+    before = read_results(path)
+    for index, m in enumerate(before.measurements):
+        if m.provider == "eager" and m.part == "step":
+            before.measurements[index] = replace(m, times=Times(120.0, 119.0, 121.0, 30))
+    before.write(tmp_path)
+    assert main(again) == 1
+    assert "WORSE:  128x256x320 r16 float32, eager, step, cpu, eager: 1.200 -> 1.400" in capsys.readouterr().out
+
+
+def test_quick_starts_nothing_after_its_time(
+    instant: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter(range(0, 1000, 30))
+    monkeypatch.setattr(command.time, "perf_counter", lambda: float(next(now)))
+    assert main(["bench", "--device", "cpu", "--quick", "--no-plots", "--out", str(tmp_path)]) == 0
+    assert len(instant) == 1
+    assert "time is up: 3 of 4 cases were not measured" in capsys.readouterr().err
+
+
+def test_interrupt_leaves_what_was_finished(tmp_path: Path) -> None:
+    """A real Ctrl-C, after the first case is on disk."""
+    shapes = [f"{M}x64x48" for M in range(1, 400)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_kernels", *SMALL, "--shapes", *shapes, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    while not (tmp_path / RESULTS_FILE).exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    found = read_results(tmp_path / RESULTS_FILE)
+    assert found.interrupted
+    assert 3 * 2 <= len(found.measurements) < 3 * 2 * len(shapes)
+    assert "of what was finished" in stdout
+    assert (tmp_path / "ratios-cpu-eager.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--shapes", "1x2"], "must be MxKxN, three whole numbers from 1 up, not '1x2'"),
+        (["--shapes", "0x2x3"], "must be MxKxN"),
+        (["--providers", "nosuch"], "--providers nosuch: must be of frozen, bitsandbytes, peft"),
+        (["--ranks", "8"], "--ranks goes with --shapes or --projections"),
+        (["--m", "8", "--shapes", "1x2x3"], "--m goes with --projections"),
+        (["--layers", "2"], "--layers goes with --model"),
+        (["--no-checkpointing"], "--no-checkpointing goes with --model"),
+        (["--model", "llama-8b", "--layers", "33"], "--layers 33: llama-8b has 32"),
+        (["--regimes", "warm"], "a CPU has neither"),
+        (["--memory"], "--memory: only a GPU's memory is accounted for"),
+        (["--quick", "--suite", "m"], "not allowed with"),
+        (["--baseline", "/nosuch"], "/nosuch: cannot be read"),
+        (["--plot", "/nosuch"], "/nosuch: cannot be read"),
+        (["--samples", "1"], "--samples: must be a whole number from 2 up"),
+    ],
+)
+def test_refusals_come_before_any_measurement(
+    argv: list[str], message: str, instant: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--device", "cpu", *argv, "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert instant == []
+
+
+def test_unwritable_output(instant: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert main([*SMALL, "--out", str(file / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"lora_kernels: error: --out {file / 'out'}: cannot be written")
+    assert instant == []
+
+
+def test_a_full_disk(
+    instant: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([*SMALL, "--out", str(tmp_path)]) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert instant == []
+
+
+def test_missing_packages(
+    instant: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else name)
+    assert main([*SMALL, "--out", str(tmp_path)]) == 2
+    assert 'pip install "lora-kernels[bench]", or --no-plots' in capsys.readouterr().err
+    assert main([*SMALL, "--no-plots", "--out", str(tmp_path)]) == 0
+
+
+def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "--device cuda: there is no GPU that torch can use" in capsys.readouterr().err
+
+
+def _options(*argv: str, has_gpu: bool = True) -> options.Options:
+    return options.from_args(build_parser().parse_args(["bench", *argv]), has_gpu=has_gpu)
+
+
+def test_defaults_depend_on_the_device() -> None:
+    everything, quick, cpu = _options(), _options("--quick"), _options(has_gpu=False)
+    assert isinstance(everything, options.LayerOptions)
+    assert isinstance(quick, options.LayerOptions)
+    assert isinstance(cpu, options.LayerOptions)
+    assert set(everything.cases) == {case for name in options.EVERYTHING for case in SUITES[name]}
+    assert len(set(everything.cases)) == len(everything.cases)
+    assert everything.providers == tuple(PROVIDERS)
+    assert everything.regimes == ("warm", "cool")
+    assert quick.cases == SUITES["quick"]
+    assert quick.seconds < 60
+    assert "peft-compile" not in quick.providers
+    assert cpu.cases == SUITES["tiny"]
+    one = _options("--projections", "gemma-9b", "--m", "7", "--ranks", "4", "8", "--nf4")
+    assert isinstance(one, options.LayerOptions)
+    assert {(case.M, case.rank, case.nf4, case.dtype) for case in one.cases} == {
+        (7, 4, True, "bfloat16"),
+        (7, 8, True, "bfloat16"),
+    }
+    assert len(one.cases) == 10
+
+
+def _sweep() -> Results:
+    """As if measured: NF4 is faster below 64 tokens."""
+    found = Results({"device": "NVIDIA H100, compute capability 9.0"}, {"warm, graph": Ceilings(3e12, 7e14)})
+    for M in (1, 16, 64, 256):
+        for nf4, provider, median in ((False, "frozen", 50 + M / 10), (True, "triton", 20 + M / 1.5)):
+            case, times = Case(M, 4096, 14336, nf4=nf4), Times(median, median, median, 30)
+            for part in ("forward", "step"):
+                found.measurements.append(
+                    Measurement(case, provider, part, "warm", "graph", times, bytes=1e8, flops=1e9 * M)
+                )
+    return found
+
+
+def test_pictures_of_a_sweep(tmp_path: Path) -> None:
+    written = {path.name: path for path in write_plots(_sweep(), tmp_path)}
+    assert {"time-against-m-warm-graph.png", "roofline-warm-graph.png"} <= set(written)
+    for path in written.values():
+        assert path.read_bytes().startswith(PNG_SIGNATURE)
+        assert path.stat().st_size > 5000
+
+
+def test_the_crossover() -> None:
+    from lora_kernels.cli.bench.plots import _crossovers
+
+    assert _crossovers([m for m in _sweep().measurements if m.part == "forward"]) == [64]
+
+
+def test_plot_draws_earlier_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _sweep().write(tmp_path)
+    assert main(["bench", "--plot", str(tmp_path / RESULTS_FILE), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "roofline-warm-graph.png").exists()
+    assert "warm, graph" in capsys.readouterr().out
+
+
+def test_results_are_json_for_others(instant: list[Case], tmp_path: Path) -> None:
+    assert main([*SMALL, "--no-plots", "--note", "a branch", "--out", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / RESULTS_FILE).read_text())
+    assert data["environment"]["note"] == "a branch"
+    assert data["measurements"][0]["case"]["K"] == 256
+    assert data["measurements"][0]["times"]["median"] == 100.0
+    assert data["environment"]["versions"]["torch"] == importlib.metadata.version("torch")

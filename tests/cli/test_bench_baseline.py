@@ -1,0 +1,159 @@
+"""Results on disk and the comparison with earlier ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels.cli.bench.baseline import compare, require_comparable
+from lora_kernels.cli.bench.cases import Case
+from lora_kernels.cli.bench.clock import Times
+from lora_kernels.cli.bench.results import (
+    RESULTS_FILE,
+    Measurement,
+    ModelMeasurement,
+    Results,
+    environment,
+    read_results,
+)
+from lora_kernels.cli.bench.roofline import Ceilings
+from lora_kernels.cli.bench.table import layer_tables, model_table
+from lora_kernels.cli.errors import UserError
+
+CASE = Case(8192, 4096, 4096)
+
+
+def times(median: float, spread: float = 0.005) -> Times:
+    return Times(median, median * (1 - spread), median * (1 + spread), 30)
+
+
+def measurement(provider: str, median: float, **changes: object) -> Measurement:
+    plain = Measurement(
+        CASE, provider, "step", "warm", "graph", times(median), None, 1 << 28, 4e8, 5e11, roofline_us=700.0
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def model(provider: str, median: float) -> ModelMeasurement:
+    return ModelMeasurement(
+        "llama-8b", 32, 32, 2, 4096, 16, None, True, provider, times(median), 30 << 30, None, (11.5, 11.25), 0.01
+    )
+
+
+def results(*measurements: Measurement, models: tuple[ModelMeasurement, ...] = ()) -> Results:
+    found = Results({"device": "NVIDIA H100"}, {"warm, graph": Ceilings(3e12, 7e14)})
+    found.measurements, found.models = list(measurements), list(models)
+    return found
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    before = results(
+        measurement("frozen", 800.0),
+        measurement("cuda", 0.0, times=None, reason="it is not there", peak_bytes=None),
+        models=(model("frozen", 8e5), model("triton", 9e5)),
+    )
+    before.note_gpu("now")
+    before.interrupted = True
+    before.write(tmp_path)
+    assert read_results(tmp_path / RESULTS_FILE) == before
+    assert [path.name for path in tmp_path.iterdir()] == [RESULTS_FILE]
+
+
+def test_the_environment_is_complete() -> None:
+    found = environment(torch.device("cpu"))
+    assert set(found) == {"command", "date", "commit", "versions", "device", "gpu_state"}
+    assert found["versions"]["torch"]
+    json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "environment": {}, "ceilings": 3}']
+)
+def test_files_that_are_no_results_are_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"file\.json: not a file of results"):
+        read_results(path)
+
+
+def test_a_baseline_of_another_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match="measured on NVIDIA H100, but this is cpu"):
+        require_comparable(results(), {"device": "cpu"})
+    require_comparable(results(), {"device": "NVIDIA H100"})
+
+
+@pytest.mark.parametrize("launches", ["graph", "eager"])
+@pytest.mark.parametrize("provider", ["triton", "eager"])
+@pytest.mark.parametrize(
+    ("median", "worse", "better"), [(880.0, 0, 0), (885.0, 0, 0), (980.0, 1, 0), (820.0, 0, 1)]
+)
+def test_beyond_the_noise(provider: str, launches: str, median: float, worse: int, better: int) -> None:
+    before = results(measurement("frozen", 800.0, launches=launches), measurement(provider, 880.0, launches=launches))
+    # The whole chip is slower now: no regression of anybody.
+    now = results(
+        measurement("frozen", 1200.0, launches=launches), measurement(provider, 1.5 * median, launches=launches)
+    )
+    comparison = compare(before, now)
+    assert (len(comparison.worse), len(comparison.better), comparison.compared) == (worse, better, 1)
+
+
+def test_noise_is_what_was_measured() -> None:
+    before = results(measurement("frozen", 800.0), measurement("triton", 880.0, times=times(880.0, 0.15)))
+    now = results(measurement("frozen", 800.0), measurement("triton", 980.0))
+    assert compare(before, now).worse == []
+
+
+def test_a_figure_that_is_gone_is_worse() -> None:
+    before = results(measurement("frozen", 800.0), measurement("triton", 880.0))
+    now = results(measurement("frozen", 800.0), measurement("triton", 0.0, times=None, reason="wrong answer: dA"))
+    [line] = compare(before, now).worse
+    assert "has no time any more: wrong answer: dA" in line
+
+
+def test_memory_and_models_are_compared() -> None:
+    before = results(measurement("frozen", 800.0), measurement("triton", 880.0), models=(model("frozen", 1e6), model("triton", 1.1e6)))  # noqa: E501
+    now = results(
+        measurement("frozen", 800.0),
+        measurement("triton", 880.0, peak_bytes=2 << 28),
+        models=(model("frozen", 1e6), model("triton", 1.2e6)),
+    )
+    memory, speed = compare(before, now).worse
+    assert "peak memory 256.0 -> 512.0 MiB" in memory
+    assert speed.startswith("llama-8b")
+    assert "1.100 -> 1.200" in speed
+
+
+def test_what_has_no_counterpart_is_counted() -> None:
+    before = results(measurement("frozen", 800.0))
+    comparison = compare(before, results(measurement("frozen", 800.0), measurement("triton", 880.0)))
+    assert (comparison.compared, comparison.not_compared) == (0, 1)
+
+
+def test_the_table_shows_every_number_and_every_reason() -> None:
+    text = layer_tables(
+        results(
+            measurement("frozen", 800.0),
+            measurement("triton", 880.0),
+            measurement("cuda", 0.0, times=None, reason="no compiler", peak_bytes=None),
+        )
+    )
+    assert "3.00 TB/s, 700.0 TFLOP/s" in text
+    assert "800.0 us ±0.5%" in text
+    assert "1.10 ±0.01" in text
+    assert "88%" in text
+    assert "256.0" in text
+    assert "381.5" in text
+    assert "cuda          no compiler (1 case)" in text
+
+
+def test_a_reduced_model_says_so() -> None:
+    text = model_table([replace(model("frozen", 8e5), layers=4), replace(model("triton", 1e6), layers=4)])
+    assert "REDUCED to 4 of 32 layers" in text
+    assert "10,240" in text
+    assert "0.800" in text
+    assert "30.00" in text
+    assert "REDUCED" not in model_table([model("frozen", 8e5)])

@@ -1,0 +1,170 @@
+"""`bench --model` on a tiny model: the providers share weights, start alike, and are checked against stock PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from lora_kernels.cli.bench import command, models
+from lora_kernels.cli.bench.models import MODEL_PROVIDERS, ModelProvider, Trained, build
+from lora_kernels.cli.bench.providers import Missing, WrongAnswer
+from lora_kernels.cli.bench.results import RESULTS_FILE, read_results
+from lora_kernels.cli.bench.shapes import TINY
+from lora_kernels.cli.bench.training import Setting, Training, _check
+from lora_kernels.cli.main import main
+
+CPU = torch.device("cpu")
+SETTING = Setting("tiny", 2, 2, batch=2, seq=16, rank=4, quantize=None, checkpointing=True)
+RUN = ["bench", "--device", "cpu", "--model", "tiny", "--seq", "16", "--steps", "3", "--no-plots"]
+
+
+def _base(quantize: str | None = None) -> Any:
+    return build(TINY, 2, 16, quantize, CPU, range(2))
+
+
+def test_the_model_has_the_shape() -> None:
+    base = _base()
+    assert base.config.num_hidden_layers == len(base.model.layers) == 2
+    for layer in base.model.layers:
+        linears = {n.rpartition(".")[2]: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert {name: (m.in_features, m.out_features) for name, m in linears.items()} == TINY.projections
+    assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in base.parameters())
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_frozen_weights_are_shared_and_adapters_are_alike() -> None:
+    base = _base()
+    peft, eager = (Trained(MODEL_PROVIDERS[name], base, 4, True) for name in ("peft", "eager"))
+    base_weights = {p.data_ptr() for p in base.parameters()}
+    for trained in (peft, eager):
+        assert {p.data_ptr() for p in trained.model.parameters() if not p.requires_grad} == base_weights
+        assert len(trained.adapters) == 2 * 2 * 7
+        assert all(bool(adapter.any()) for adapter in trained.adapters.values())
+    for name, adapter in peft.adapters.items():
+        assert adapter is not eager.adapters[name]
+        torch.testing.assert_close(adapter, eager.adapters[name], rtol=0, atol=0)
+
+
+def test_only_the_named_backend_runs_also_where_it_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kernels.backends import eager
+
+    calls: list[str] = []
+    record = vars(eager.BACKEND)["forward"]
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        calls.append("forward")
+        return record(*arguments, **keywords)
+
+    monkeypatch.setitem(vars(eager.BACKEND), "forward", counted)
+    trained = Trained(MODEL_PROVIDERS["eager"], _base(), 4, checkpointing=True)
+    trained.loss(torch.zeros(2, 16, dtype=torch.int64))
+    # Every layer's forward, and once more in the backward.
+    assert len(calls) == 2 * 2 * 7
+
+
+def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*RUN, "--layers", "1", "--providers", "peft", "peft-float32", "eager", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    found = {m.provider: m for m in read_results(tmp_path / RESULTS_FILE).models}
+    assert set(found) == {"frozen", "peft", "peft-float32", "eager"}
+    for name, m in found.items():
+        assert m.reason is None
+        assert m.tokens_per_second is not None
+        assert m.tokens_per_second > 0
+        assert len(m.losses) == 3
+        assert (m.gradient_error is None) == (name == "frozen")
+    assert found["peft"].gradient_error == 0
+    assert 0 < (found["eager"].gradient_error or 0) < 0.1
+    for ours, theirs in zip(found["eager"].losses, found["peft"].losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+    assert "REDUCED to 1 of 2 layers" in capsys.readouterr().out
+
+
+def test_nf4(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    argv = [*RUN, "--quantize", "nf4", "--providers", "peft", "eager", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    found = {m.provider: m for m in read_results(tmp_path / RESULTS_FILE).models}
+    assert found["peft"].times is not None
+    assert (found["eager"].times is None) == (found["eager"].reason is not None)
+
+
+def test_only_one_layer_is_ever_held_in_16_bits() -> None:
+    pytest.importorskip("bitsandbytes")
+    base = _base("nf4")
+    kinds = {type(m).__name__ for layer in base.model.layers for m in layer.modules() if hasattr(m, "in_features")}
+    assert kinds == {"Linear4bit"}
+    assert all(p.dtype == torch.uint8 for layer in base.model.layers for p in layer.parameters() if p.dim() == 2)
+
+
+def test_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(SETTING, _base(), TINY.vocabulary)
+    gradients = Training._gradients
+
+    def spoiled(self: Training, trained: Trained) -> dict[str, torch.Tensor]:
+        found = gradients(self, trained)
+        if trained.provider.backend == "eager":
+            next(iter(found.values())).mul_(2.0)
+        return found
+
+    monkeypatch.setattr(Training, "_gradients", spoiled)
+    for name in ("peft", "eager"):
+        training.prepare(name)
+    assert list(training.rounds(2)) == [0, 1]
+    peft, eager = training.measurements()
+    assert peft.times is not None
+    assert eager.times is None
+    assert "wrong answer: the gradient of" in str(eager.reason)
+
+
+def test_nan_is_a_wrong_gradient() -> None:
+    with pytest.raises(WrongAnswer):
+        _check({"a": torch.ones(2), "b": torch.full((2,), float("nan"))}, {"a": torch.ones(2), "b": torch.ones(2)})
+
+
+def test_layers_that_are_not_fused_are_no_figure_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS", "0")
+    with pytest.raises(Missing, match="14 of 14 layers are not fused: LORA_KERNELS=0 in the environment"):
+        Trained(MODEL_PROVIDERS["eager"], _base(), 4, True)
+
+
+def test_what_fails_while_it_is_built_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(model: Any, rank: int, provider: ModelProvider) -> Any:
+        if provider.backend:
+            raise torch.OutOfMemoryError("out of memory\nTried to allocate")
+        return adapted(model, rank, provider)
+
+    adapted = models._with_adapters
+    monkeypatch.setattr(models, "_with_adapters", out_of_memory)
+    training = Training(SETTING, _base(), TINY.vocabulary)
+    for name in ("peft", "eager", "cuda"):
+        training.prepare(name)
+    list(training.rounds(1))
+    peft, eager, _ = training.measurements()
+    assert peft.times is not None
+    assert eager.reason == "OutOfMemoryError: out of memory"
+
+
+def test_interrupt_leaves_the_rounds_that_were_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Trained.step
+
+    def interrupted(self: Trained, tokens: torch.Tensor) -> torch.Tensor:
+        taken.append(self)
+        # Two providers take two steps each to get ready and two each in the first two rounds.
+        if len(taken) > 2 * 2 + 2 * 2:
+            raise KeyboardInterrupt
+        return steps(self, tokens)
+
+    taken: list[Trained] = []
+    monkeypatch.setattr(Trained, "step", interrupted)
+    assert main([*RUN, "--providers", "peft", "--out", str(tmp_path)]) == command.EXIT_INTERRUPTED
+    found = read_results(tmp_path / RESULTS_FILE)
+    assert found.interrupted
+    assert [(m.provider, m.times and m.times.samples) for m in found.models] == [("frozen", 2), ("peft", 2)]

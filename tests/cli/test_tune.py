@@ -1,0 +1,259 @@
+"""`tune`: what it chooses, the table that it writes, and the use of that table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from lora_kernels.backends.triton import tiles as tiles_module
+from lora_kernels.backends.triton import tuned
+from lora_kernels.backends.triton.tiles import (
+    INTERPRETER,
+    Chip,
+    GradTiles,
+    OnePassTiles,
+    grad_tiles,
+    one_pass_tiles,
+    shipped_grad_tiles,
+    shipped_tiles,
+)
+from lora_kernels.backends.triton.tuned import GradEntry, OnePassEntry, TableRefused, TunedTable, read_table
+from lora_kernels.cli.bench.clock import Times
+from lora_kernels.cli.main import main
+from lora_kernels.cli.tune.search import choose, grad_candidates, one_pass_candidates
+
+HOPPER = Chip((9, 0), 132, 232448, True)
+AMPERE = Chip((8, 0), 108, 166912, False)
+SQUARE, WIDE = OnePassTiles(128, 128, 64, 8, 4, True, 1.0), OnePassTiles(64, 256, 64, 4, 4, True, 1.0)
+TABLE = TunedTable(
+    HOPPER,
+    "2026-11-22",
+    (OnePassEntry(2, True, 2048, 4096, WIDE), OnePassEntry(2, True, 8192, 4096, SQUARE)),
+    (GradEntry(2, GradTiles(128, 64, 4, 4)),),
+)
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No table of this machine's user, and none of another test."""
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for cached in (tuned.tuned_table, tiles_module.grad_tiles):
+        cached.cache_clear()
+    yield
+    for cached in (tuned.tuned_table, tiles_module.grad_tiles):
+        cached.cache_clear()
+
+
+def _times(median: float) -> Times:
+    return Times(median, median, median, 10)
+
+
+def test_the_fastest_over_all_problems_is_chosen() -> None:
+    a, b, c = SQUARE, WIDE, replace(SQUARE, num_stages=3)
+    # a wins the long problem by little, b the short one by much; c does not run everywhere.
+    problems = [{a: _times(1000.0), b: _times(1050.0), c: _times(1.0)}, {a: _times(20.0), b: _times(10.0), c: "no"}]
+    assert choose(problems[1:], a, lambda _: True) == (b, 2.0)
+    del problems[0][c]
+    chosen = choose(problems, a, lambda _: True)
+    assert chosen is not None
+    assert chosen[0] == b
+    assert chosen[1] == pytest.approx((1 + 2) / (1.05 + 1))
+
+
+def test_what_does_not_hold_everywhere_is_passed_over() -> None:
+    problems = [{SQUARE: _times(10.0), WIDE: _times(9.0)}]
+    assert choose(problems, SQUARE, lambda tiles: tiles != WIDE) == (SQUARE, 1.0)
+    assert choose(problems, SQUARE, lambda tiles: False) is None
+    assert choose([{SQUARE: "does not compile"}], SQUARE, lambda tiles: True) is None
+
+
+@pytest.mark.parametrize("chip", [HOPPER, AMPERE])
+@pytest.mark.parametrize("use_tma", [True, False])
+def test_candidates_fit_the_chip(chip: Chip, use_tma: bool) -> None:
+    found = one_pass_candidates(chip, 2, use_tma)
+    assert shipped_tiles(chip, 2, use_tma, 8192, 4096) in found
+    assert len(found) > 4
+    assert len(set(found)) == len(found)
+    for candidate in found:
+        assert candidate.shared_memory(2) <= chip.shared_memory
+        assert candidate.use_tma == (use_tma and chip.has_tma)
+    assert grad_candidates(chip, 2)[0] == shipped_grad_tiles(chip, 2)
+
+
+def test_a_table_is_used(tmp_path: Path) -> None:
+    path = tuned.table_path(HOPPER)
+    assert path == tmp_path / "cache" / "lora_kernels" / "tiles-9.0-132.json"
+    TABLE.write(path)
+    assert read_table(path, HOPPER) == TABLE
+    assert one_pass_tiles(HOPPER, 2, True, 2048, 4096) == WIDE
+    assert one_pass_tiles(HOPPER, 2, True, 8192, 4096) == SQUARE
+    assert one_pass_tiles(HOPPER, 2, True, 6000, 4096) == SQUARE
+    assert grad_tiles(HOPPER, 2) == GradTiles(128, 64, 4, 4)
+    assert tuned.describe(HOPPER) == f"tuned on this GPU (2026-11-22): {path}"
+
+
+@pytest.mark.parametrize(("M", "N", "itemsize", "use_tma"), [(512, 4096, 2, True), (2048, 1024, 2, True), (2048, 4096, 2, False), (2048, 4096, 4, True)])  # noqa: E501
+def test_what_was_not_measured_gets_the_shipped_one(M: int, N: int, itemsize: int, use_tma: bool) -> None:
+    path = tuned.table_path(HOPPER)
+    assert path is not None
+    TABLE.write(path)
+    assert one_pass_tiles(HOPPER, itemsize, use_tma, M, N) == shipped_tiles(HOPPER, itemsize, use_tma, M, N)
+    assert grad_tiles(HOPPER, 4) == shipped_grad_tiles(HOPPER, 4)
+
+
+def test_without_a_table_the_shipped_ones_are_used() -> None:
+    for chip in (HOPPER, AMPERE, INTERPRETER):
+        assert tuned.tuned_table(chip) is None
+        assert one_pass_tiles(chip, 2, True, 2048, 4096) == shipped_tiles(chip, 2, True, 2048, 4096)
+    assert "shipped ones, measured on an H100" in tuned.describe(HOPPER)
+    assert "not measured on this GPU" in tuned.describe(AMPERE)
+
+
+def test_the_variable_names_a_table_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = tuned.table_path(HOPPER)
+    assert default is not None
+    TABLE.write(default)
+    monkeypatch.setenv(tuned.VARIABLE, "")
+    assert tuned.tuned_table(HOPPER) is None
+    tuned.tuned_table.cache_clear()
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "nosuch.json"))
+    with pytest.raises(TableRefused, match=r"nosuch\.json: cannot be read \(No such file"):
+        tuned.tuned_table(HOPPER)
+    other = replace(TABLE, made="another")
+    other.write(tmp_path / "other.json")
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "other.json"))
+    assert tuned.tuned_table(HOPPER) == other
+
+
+def _spoil(**changes: Any) -> dict[str, Any]:
+    data = {"format": 1} | json.loads(json.dumps(tuned.asdict(TABLE)))
+    for name, value in changes.items():
+        if name in data:
+            data[name] = value
+        else:
+            data["one_pass"][0]["tiles"][name] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ("{", "its JSON is damaged"),
+        ([], "not a table of format 1"),
+        (_spoil(format=2), "not a table of format 1"),
+        (_spoil(one_pass=3), "an entry is damaged"),
+        (_spoil(one_pass=[{"M": 1}]), "an entry is damaged"),
+        (_spoil(colour="red"), "an entry is damaged"),
+        (_spoil(num_stages="four"), "an entry is damaged (num_stages is 'four')"),
+        (_spoil(block_m=100), "blocks must be powers of two"),
+        (_spoil(adapter_grads=[{"itemsize": 2, "tiles": vars(GradTiles(48, 64, 4, 4))}]), "blocks must be powers"),
+        (_spoil(num_warps=3), "warps one of"),
+        (_spoil(num_stages=9), "bytes of shared memory"),
+        (_spoil(chip=AMPERE.__dict__), "measured on Chip(capability=(8, 0)"),
+    ],
+)
+def test_wrong_tables_are_refused(data: object, reason: str, tmp_path: Path) -> None:
+    path = tuned.table_path(HOPPER)
+    assert path is not None
+    path.parent.mkdir(parents=True)
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    with pytest.raises(TableRefused) as refusal:
+        one_pass_tiles(HOPPER, 2, True, 2048, 4096)
+    assert str(path) in str(refusal.value)
+    assert reason in str(refusal.value)
+    assert "python -m lora_kernels tune" in str(refusal.value)
+    with pytest.raises(TableRefused):
+        grad_tiles(HOPPER, 2)
+
+
+def test_tma_on_a_chip_without_it_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    without = replace(HOPPER, has_tma=False)
+    replace(TABLE, chip=without).write(path)
+    with pytest.raises(TableRefused, match="TMA is not used for it"):
+        read_table(path, without)
+
+
+def test_doctor_speaks_of_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kernels.cli import doctor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tiles_module, "chip_of", lambda device: HOPPER)
+    assert "measured on an H100" in str(doctor._tiles())
+    path = tuned.table_path(HOPPER)
+    assert path is not None
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    tuned.tuned_table.cache_clear()
+    assert str(doctor._tiles()).startswith(f"refused: {path}: its JSON is damaged")
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_the_command_in_the_interpreter(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "table.json"
+    options = ["--shapes", "33x64x48", "--rank", "3", "--dtype", "float16", "--samples", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_kernels", "tune", *options, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    table = read_table(out, INTERPRETER)
+    assert {(entry.M, entry.N) for entry in table.one_pass} == {(33, 48), (33, 64)}
+    assert table.adapter_grads[0].itemsize == 2
+    assert "outputs 33 x 48: 32x32x32" in done.stdout
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_a_wrong_configuration_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kernels.cli.bench.cases import Case, Operands
+    from lora_kernels.cli.bench.clock import CpuClock
+    from lora_kernels.cli.tune import measure
+
+    operands = Operands.make(Case(33, 64, 48, rank=3, dtype="float16", adapters="float16"), torch.device("cpu"))
+    good, wrong = tiles_module._INTERPRETED[0], replace(tiles_module._INTERPRETED[0], group_m=4)
+    launched = measure.launch.one_pass
+
+    def spoiled(*arguments: Any, tiles: OnePassTiles) -> tuple[torch.Tensor, torch.Tensor]:
+        out, s = launched(*arguments, tiles=tiles)
+        return (out * 1.1 if tiles == wrong else out), s
+
+    monkeypatch.setattr(measure.launch, "one_pass", spoiled)
+    for problem in measure.OnePass.of(operands):
+        found = measure.measure_one_pass(problem, [good, wrong], CpuClock("cpu"), 2)
+        assert isinstance(found[good], Times)
+        assert str(found[wrong]).startswith("wrong answer: off by 1.0e-01")
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert main(["tune"]) == 2
+    assert capsys.readouterr().err == "lora_kernels: error: tune needs a GPU that torch can use, and there is none\n"
+
+
+def test_unwritable_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (tmp_path / "file").touch()
+    assert main(["tune", "--out", str(tmp_path / "file" / "table.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["tune", "--out", str(tmp_path)]) == 2
+    assert "is a directory" in capsys.readouterr().err

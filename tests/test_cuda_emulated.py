@@ -1,0 +1,181 @@
+"""The CUDA kernels without a GPU: the same grid, the same accuracy, thread by thread on the CPU.
+
+What is compiled here is csrc/ itself, but for the Hopper kernel and for a page of instructions: cuda_emulation/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import HAS_GPU, Case, Tensors
+from cuda_emulator import COMPILER, load
+from test_linear import run
+from tolerance import assert_as_exact_as_peft, peft_sequence
+
+from lora_kernels import NF4Weight, lora_linear, lora_linear_reference
+from lora_kernels.backends import cuda, eager
+from lora_kernels.dropout import Dropout, drop_threshold
+from lora_kernels.functional import _choices
+from lora_kernels.nf4_codec import BLOCK_SIZES
+
+pytestmark = [
+    pytest.mark.skipif(HAS_GPU, reason="the kernels themselves run here"),
+    pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler"),
+]
+CPU = torch.device("cpu")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated() -> Iterator[None]:
+    extension, patch = load(), pytest.MonkeyPatch()
+    patch.setattr(cuda, "_extension", lambda device: extension)
+    patch.setattr(cuda, "_stream", lambda device: 0)
+    patch.setattr(cuda, "BACKEND", replace(cuda.BACKEND, refuses=lambda problem: None))
+    patch.setattr("lora_kernels.functional.choose", _choose)
+    before = dict(_choices)
+    _choices.clear()
+    yield
+    _choices.clear()
+    _choices.update(before)
+    patch.undo()
+
+
+def _choose(problem, name):
+    from lora_kernels.dispatch import Choice
+
+    return Choice(problem, cuda.BACKEND if name == "cuda" else eager.BACKEND, {})
+
+
+def check(case: Case, monkeypatch: pytest.MonkeyPatch, weight: NF4Weight | None = None, autocast: bool = False) -> None:
+    tensors = case.tensors(CPU)
+    base = tensors.weight if weight is None else weight.dequantize(case.dtype)
+    p = drop_threshold(case.dropout) / 65536
+    mask = Dropout(case.dropout, torch.tensor([0x0123456789ABCDEF])) if case.dropout else None
+    monkeypatch.setattr(Dropout, "draw", staticmethod(lambda p, device: mask))
+    keep = None if mask is None else mask.keep(case.M, case.K)
+
+    def ours(x, lora_A, lora_B, bias=None):
+        with torch.autocast("cpu", dtype=case.dtype, enabled=autocast):
+            return lora_linear(
+                x, tensors.weight if weight is None else weight, lora_A, lora_B, scaling=case.scaling, bias=bias,
+                dropout_p=case.dropout, backend="cuda",
+            )  # fmt: skip
+
+    def peft(x, lora_A, lora_B, bias=None):
+        lora_A, lora_B = (t.to(case.dtype) if autocast else t for t in (lora_A, lora_B))
+        return peft_sequence(x, base, lora_A, lora_B, case.scaling, bias, keep, p)
+
+    def exact(x, lora_A, lora_B, bias=None):
+        return lora_linear_reference(
+            x, base.double(), lora_A, lora_B, scaling=case.scaling, bias=bias, keep=keep, dropout_p=case.dropout
+        )
+
+    assert_as_exact_as_peft(run(ours, tensors), run(peft, tensors), run(exact, tensors.double()))
+
+
+SIZES = [
+    (1, 1, 1, 1),
+    (3, 17, 63, 3),
+    (17, 63, 3, 8),
+    (63, 64, 80, 12),
+    (65, 96, 130, 16),
+    (5, 130, 40, 64),
+    (70, 33, 48, 100),
+    (130, 264, 136, 16),
+    (40, 64, 200, 20),
+    (34, 520, 72, 70),
+]
+
+
+def grid() -> Iterator[Case]:
+    for index, (M, K, N, rank) in enumerate(SIZES):
+        plain = Case(M, K, N, rank, BF16)
+        masked = replace(plain, dropout=(0.1, 0.5, 0.3)[index % 3])
+        yield plain
+        yield replace(masked, bias=True)
+        yield replace(plain, adapter_dtype=FP32, bias=True)
+        yield replace(masked, adapter_dtype=FP32)
+        yield replace(plain, transposed_weight=True, strided_x=True)
+        yield replace(masked, dtype=FP16, transposed_weight=True)
+        yield replace(masked, dtype=FP16, adapter_dtype=FP32)
+        yield replace(masked, dtype=FP32)
+    yield Case(40, 24, 80, 512, BF16, dropout=0.5)
+    yield Case(33, 48, 40, 8, FP16, dropout=1.0)
+    yield Case(0, 48, 40, 8, BF16, bias=True)
+
+
+@pytest.mark.parametrize("case", list(grid()), ids=str)
+def test_is_as_exact_as_peft(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case, monkeypatch)
+
+
+@pytest.mark.parametrize("M", [16, 65])
+def test_float32_adapters_under_autocast(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(M, 96, 130, 12, BF16, FP32, dropout=0.3)
+    check(case, monkeypatch, autocast=True)
+    check(case, monkeypatch, NF4Weight.quantize(case.tensors(CPU).weight), autocast=True)
+
+
+def test_a_scaling_that_is_a_tensor() -> None:
+    t = Case(40, 64, 48, 8, BF16).tensors(CPU)
+    arguments = (t.x, t.weight, t.lora_A, t.lora_B)
+    by_tensor = lora_linear(*arguments, scaling=torch.tensor(0.7, dtype=torch.float64), backend="cuda")
+    assert torch.equal(by_tensor, lora_linear(*arguments, scaling=0.7, backend="cuda"))
+
+
+@pytest.mark.parametrize("needed", ["x", "lora_A", "lora_B"])
+def test_one_gradient_alone(needed: str) -> None:
+    tensors = Case(70, 40, 72, 8, FP32).tensors(CPU)
+
+    def gradient(call, t: Tensors) -> torch.Tensor:
+        leaf = getattr(t, needed).requires_grad_()
+        return torch.autograd.grad(call(t), leaf, t.dy)[0]
+
+    got = gradient(lambda t: lora_linear(t.x, t.weight, t.lora_A, t.lora_B, backend="cuda"), tensors)
+    want = gradient(lambda t: lora_linear_reference(t.x, t.weight, t.lora_A, t.lora_B), tensors.double())
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", [BLOCK_SIZES[0], 64, BLOCK_SIZES[-1]])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 63), (40, 64), (130, 33)], ids=str)
+def test_dequantizes_to_the_bit(shape: tuple[int, int], block_size: int, double_quant: bool) -> None:
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    weight = NF4Weight.quantize(dense, block_size, double_quant)
+    for dtype in (BF16, FP16, FP32):
+        assert torch.equal(cuda.dequantize(weight, dtype), weight.dequantize(dtype))
+    moved = torch.empty(len(weight.packed) + 3, dtype=torch.uint8)[3:]
+    moved.copy_(weight.packed)
+    assert torch.equal(cuda.dequantize(replace(weight, packed=moved), BF16), weight.dequantize(BF16))
+
+
+NF4_SIZES = [(1, 32, 8, 1), (3, 160, 70, 8), (9, 1056, 50, 3), (16, 128, 64, 12), (50, 64, 40, 8), (5, 63, 17, 3)]
+
+
+@pytest.mark.parametrize("size", NF4_SIZES, ids=str)
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_nf4(size: tuple[int, int, int, int], block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Case(*size, BF16, bias=True)
+    weight = NF4Weight.quantize(plain.tensors(CPU).weight, block_size, double_quant=block_size == 64)
+    for case in (
+        plain,
+        replace(plain, adapter_dtype=FP32, dropout=0.3),
+        replace(plain, dtype=FP16, strided_x=True),
+        replace(plain, dtype=FP32),
+    ):
+        check(case, monkeypatch, weight)
+
+
+def test_the_weight_may_have_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(20, 48, 40, 4, BF16)
+    t = case.tensors(CPU)
+    spread = torch.zeros(80, 96, dtype=BF16)[::2, ::2]
+    spread.copy_(t.weight)
+    arguments = (t.lora_A, t.lora_B)
+    for x in (t.x, t.x[:1]):
+        got = lora_linear(x, spread, *arguments, backend="cuda")
+        torch.testing.assert_close(got, lora_linear(x, t.weight, *arguments, backend="cuda"), rtol=0.01, atol=0.01)

@@ -1,0 +1,158 @@
+"""The CUDA backend on a GPU: its accuracy, its masks, its bits, streams and graphs, and NF4."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from cases import HAS_GPU, Case, grid
+from test_linear import drawn, run  # noqa: F401
+from test_linear import test_is_as_exact_as_peft as check_accuracy
+from tolerance import assert_as_exact_as_peft, peft_sequence
+
+from lora_kernels import NF4Weight, lora_linear, lora_linear_reference
+from lora_kernels.backends import cuda, cuda_build
+from lora_kernels.dropout import Dropout
+
+pytestmark = pytest.mark.gpu
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+if HAS_GPU:
+    _capability = torch.cuda.get_device_capability()
+    if not cuda_build.is_built(_capability) and cuda_build.missing() is not None:
+        pytestmark = [pytestmark, pytest.mark.skip(reason=f"nothing can be compiled: {cuda_build.missing()}")]
+
+
+@pytest.fixture(params=[False, True], ids=["for this chip", "portable"])
+def portable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the kernel for every chip runs, or the one for this one where it fits."""
+    monkeypatch.setattr(cuda, "one_pass", partial(cuda.one_pass, portable=request.param))
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("case", grid(HAS_GPU), ids=str)
+def test_is_as_exact_as_peft(
+    case: Case,
+    portable: bool,
+    device: torch.device,
+    drawn: list[torch.Tensor],  # noqa: F811
+) -> None:
+    check_accuracy(case, "cuda", device, drawn)
+
+
+@pytest.mark.parametrize("other", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_has_the_masks_of_the_others(other: str, dtype: torch.dtype, portable: bool, device: torch.device) -> None:
+    """What differs from no dropout does so in the same places, and by the same amount."""
+    t = Case(300, 520, 264, 16, dtype).tensors(device)
+
+    def step(backend: str) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        leaves = [v.detach().requires_grad_() for v in (t.x, t.lora_A, t.lora_B)]
+        y = lora_linear(leaves[0], torch.zeros_like(t.weight), *leaves[1:], dropout_p=0.5, backend=backend)
+        return [y, *torch.autograd.grad(y, leaves, t.dy)]
+
+    ours, theirs = step("cuda"), step(other)
+    # Without a base, what is dropped of dx is zero to the bit.
+    assert torch.equal(ours[1] == 0, theirs[1] == 0)
+    assert 0.4 < float((ours[1] == 0).float().mean()) < 0.6
+    for value, want in zip(ours, theirs, strict=True):
+        error = (value.double() - want.double()).norm() / want.double().norm()
+        assert error < (0.01 if dtype == BF16 else 1e-5)
+
+
+def test_same_inputs_same_bits(portable: bool, device: torch.device) -> None:
+    t = Case(3000, 1024, 520, 40, BF16, dropout=0.2, bias=True).tensors(device)
+    mask = Dropout(0.2, torch.tensor([11], device=device))
+
+    def once() -> list[torch.Tensor]:
+        y, s = cuda.forward(t.x, t.weight, t.lora_A, t.lora_B, t.bias, 1.5, mask, "native", True)
+        dx, dt = cuda.backward_input(t.dy, t.weight, t.lora_A, t.lora_B, 1.5, mask, "native", True)
+        dA, dB = cuda.backward_adapters(t.x, t.dy, s, dt, mask, FP32)
+        return [y, s, dx, dt, dA, dB]  # type: ignore[list-item]
+
+    first = once()
+    for _ in range(10):
+        for value, want in zip(once(), first, strict=True):
+            assert torch.equal(value, want)
+
+
+def test_runs_on_the_current_stream(portable: bool, device: torch.device) -> None:
+    t = Case(2048, 1024, 1024, 16, BF16).tensors(device)
+    arguments = (t.weight, t.lora_A, t.lora_B)
+    want = lora_linear(t.x, *arguments, backend="cuda")
+    stream, late = torch.cuda.Stream(), torch.zeros_like(t.x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(t.x)
+        got = lora_linear(late, *arguments, backend="cuda")
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_a_captured_graph_replays(portable: bool, device: torch.device) -> None:
+    t = Case(384, 512, 512, 16, BF16).tensors(device)
+
+    def step() -> list[torch.Tensor]:
+        leaves = [v.detach().requires_grad_() for v in (t.x, t.lora_A, t.lora_B)]
+        y = lora_linear(leaves[0], t.weight, *leaves[1:], dropout_p=0.0, backend="cuda")
+        return [y.detach(), *torch.autograd.grad(y, leaves, t.dy)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for seed in range(3):
+        t.x.copy_(torch.randn(t.x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        for got, want in zip(results, step(), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 63), (1024, 4096), (500, 2001)], ids=str)
+def test_dequantizes_to_the_bit(
+    shape: tuple[int, int], block_size: int, double_quant: bool, device: torch.device
+) -> None:
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    weight = NF4Weight.quantize(dense, block_size, double_quant)
+    for dtype in (BF16, FP16, FP32):
+        assert torch.equal(cuda.dequantize(weight.to(device), dtype).cpu(), weight.dequantize(dtype))
+
+
+NF4_SIZES = [
+    (1, 4096, 14336, 16),
+    (4, 14336, 4096, 16),
+    (16, 4096, 4096, 64),
+    (7, 2080, 500, 12),
+    (48, 4096, 1024, 8),
+    (5, 63, 17, 3),
+    (500, 2000, 500, 16),
+]
+
+
+@pytest.mark.parametrize("adapters", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("size", NF4_SIZES, ids=str)
+def test_nf4(size: tuple[int, int, int, int], adapters: torch.dtype, device: torch.device) -> None:
+    case = Case(*size, BF16, adapters, bias=True)
+    t, double = case.tensors(device), case.tensors(device).double()
+    weight = NF4Weight.quantize(t.weight)
+    base = weight.dequantize(BF16)
+
+    def ours(x, lora_A, lora_B, bias):
+        return lora_linear(x, weight, lora_A, lora_B, scaling=case.scaling, bias=bias, backend="cuda")
+
+    def peft(x, lora_A, lora_B, bias):
+        return peft_sequence(x, base, lora_A, lora_B, case.scaling, bias, None, 0.0)
+
+    def exact(x, lora_A, lora_B, bias):
+        return lora_linear_reference(x, base.double(), lora_A, lora_B, scaling=case.scaling, bias=bias)
+
+    assert_as_exact_as_peft(run(ours, t), run(peft, t), run(exact, double))
