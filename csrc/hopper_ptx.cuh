@@ -59,11 +59,14 @@ __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
                : "memory");
 }
 
-// Arrives at the barrier of the same place in another block of the cluster, or in this one.
+// Arrives at the barrier of the same place in another block of the cluster, or in this one. What was read before are
+// stages, whose readers are done by then (wgmma's wait, or a value in a register), and TMA is what writes them next: no
+// order of ordinary memory accesses is asked for. Asking for one at the scope of the cluster costs a fence of the whole
+// chip's, about a microsecond, at every step.
 __device__ inline void barrier_arrive(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -71,7 +74,7 @@ __device__ inline void barrier_arrive(uint32_t barrier, uint32_t rank) {
 __device__ inline bool barrier_passed(uint32_t barrier, uint32_t parity) {
   uint32_t passed;
   asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n}"
       : "=r"(passed)
       : "r"(barrier), "r"(parity)
