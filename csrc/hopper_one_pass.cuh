@@ -73,6 +73,7 @@ template <class C>
 __device__ inline void share_steps(float (&acc)[C::kBlockN / 2], Ring<C>& ring, const Launch& p, const Tile& tile,
                                    int half, const Group& group) {
   float share[16];
+  Ring<C> before = ring;
   for (int step = 0; step < tile.share_steps; ++step) {
     barrier_wait(ring.full(), ring.phase, "full, of a share");
     wgmma_fence();
@@ -81,11 +82,20 @@ __device__ inline void share_steps(float (&acc)[C::kBlockN / 2], Ring<C>& ring, 
     if constexpr (C::kMaskX) wgmma_commit();
     multiply_d(share, ring, p, half * kHalfM, (tile.first_step + step) * kBlockK, step == 0, group);
     wgmma_commit();
-    wgmma_wait<0>();
-    keep_in_place(share);
-    ring.release(p.cluster, group.lane());
+    if constexpr (C::kMaskX) {
+      // The fragments' registers are written again in the next step.
+      wgmma_wait<0>();
+      keep_in_place(share);
+    } else {
+      wgmma_wait<1>();
+    }
+    if (step > 0) before.release(p.cluster, group.lane());
+    before = ring;
     ring.next();
   }
+  wgmma_wait<0>();
+  keep_in_place(share);
+  before.release(p.cluster, group.lane());
   keep_in_place(acc);
   publish_share<typename C::T>(p, share, half, tile.chunk, tile.part, group);
 }
@@ -151,6 +161,21 @@ __device__ inline void add_up(float (&acc)[C::kBlockN / 2], const Ring<C>& ring,
   }
 }
 
+// One step of S U from the ring.
+template <class C>
+__device__ inline void add_step(float (&acc)[C::kBlockN / 2], Ring<C>& ring, uint32_t (&s)[4][4], const Launch& p,
+                                int half, int rank0, int column0, const Group& group) {
+  barrier_wait(ring.full(), ring.phase, "full, of U");
+  keep_in_place(s);
+  if (p.problem.R - rank0 <= 16) {
+    add_up<C, 1>(acc, ring, s, p, half * kHalfM, column0, group);
+  } else {
+    add_up<C, kRankStep / 16>(acc, ring, s, p, half * kHalfM, column0, group);
+  }
+  ring.release(p.cluster, group.lane());
+  ring.next();
+}
+
 // Adds the bias, rounds, and sends the group's part of the tile off through shared memory.
 template <class C>
 __device__ inline void store_tile(const float (&acc)[C::kBlockN / 2], const Launch& p, int row0, int column0,
@@ -203,6 +228,9 @@ __device__ inline void multiply(const Launch& p, Ring<C> ring, int unit, int ran
     const int half = 2 * (tile.row_unit * p.cluster + rank) + group.index;
     const int row0 = half * kHalfM, column0 = tile.column * C::kBlockN;
     if (tile.share_steps > 0) share_steps(acc, ring, p, tile, half, group);
+    // Before the main loop, where S is known to be there: its products then follow those of the last stage at once.
+    uint32_t s[4][4];
+    if (all_stored) load_s(s, p, half, 0, group);
     Ring<C> before = ring;
     for (int step = tile.share_steps; step < p.k_steps; ++step) {
       barrier_wait(ring.full(), ring.phase, "full, of X and W");
@@ -215,27 +243,24 @@ __device__ inline void multiply(const Launch& p, Ring<C> ring, int unit, int ran
       before = ring;
       ring.next();
     }
-    uint32_t s[4][4];
-    if (all_stored) load_s(s, p, half, 0, group);
-    wgmma_wait<0>();
-    keep_in_place(acc);
-    if (p.k_steps > tile.share_steps) before.release(p.cluster, group.lane());
-    if (!all_stored) {
-      if (group.lane() == 0) tma_stores_read();
-      all_stored = wait_for_s<typename C::T, C::kMaskX>(p, half, group);
-      load_s(s, p, half, 0, group);
-    }
-    for (int rank0 = 0; rank0 < p.problem.R; rank0 += kRankStep) {
-      if (rank0 > 0) load_s(s, p, half, rank0, group);
-      barrier_wait(ring.full(), ring.phase, "full, of U");
-      keep_in_place(s);
-      if (p.problem.R - rank0 <= 16) {
-        add_up<C, 1>(acc, ring, s, p, row0, column0, group);
-      } else {
-        add_up<C, kRankStep / 16>(acc, ring, s, p, row0, column0, group);
+    int rank0 = 0;
+    if (!C::kMaskOut && all_stored) {
+      add_step<C>(acc, ring, s, p, half, rank0, column0, group);
+      rank0 += kRankStep;
+      if (p.k_steps > tile.share_steps) before.release(p.cluster, group.lane());
+    } else {
+      wgmma_wait<0>();
+      keep_in_place(acc);
+      if (p.k_steps > tile.share_steps) before.release(p.cluster, group.lane());
+      if (!all_stored) {
+        if (group.lane() == 0) tma_stores_read();
+        all_stored = wait_for_s<typename C::T, C::kMaskX>(p, half, group);
+        load_s(s, p, half, 0, group);
       }
-      ring.release(p.cluster, group.lane());
-      ring.next();
+    }
+    for (; rank0 < p.problem.R; rank0 += kRankStep) {
+      if (rank0 > 0) load_s(s, p, half, rank0, group);
+      add_step<C>(acc, ring, s, p, half, rank0, column0, group);
     }
     store_tile<C>(acc, p, row0, column0, group);
   }
