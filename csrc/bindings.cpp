@@ -139,10 +139,10 @@ std::tuple<Tensor, Tensor> one_pass(const Tensor& x, const MaybeTensor& weight, 
   return {out, s};
 }
 
-// dA where x and t are given, and dB where s is.
+// dA where x and t are given, and dB where s is. `zeros` is what the kernel counts in, and leaves zero.
 std::tuple<MaybeTensor, MaybeTensor> adapter_grads(const MaybeTensor& x, const Tensor& dy, const MaybeTensor& s,
                                                    const MaybeTensor& t, const MaybeTensor& seed, int64_t threshold,
-                                                   bool in_float32, int64_t raw_stream) {
+                                                   bool in_float32, const Tensor& zeros, int64_t raw_stream) {
   const OnDeviceOf device(dy);
   const bool want_a = x && t;
   const Tensor& narrow = want_a ? *t : *s;
@@ -171,8 +171,10 @@ std::tuple<MaybeTensor, MaybeTensor> adapter_grads(const MaybeTensor& x, const T
     if (dB) dB->zero_();
     return {dA, dB};
   }
+  TORCH_CHECK(zeros.numel() >= lora_kernels::adapter_grads_counters(problem), "too few counters");
   const Tensor workspace = floats(dy, lora_kernels::adapter_grads_workspace(problem));
-  lora_kernels::adapter_grads(problem, workspace.mutable_data_ptr<float>(), stream_of(raw_stream));
+  lora_kernels::adapter_grads(problem, workspace.mutable_data_ptr<float>(), zeros.mutable_data_ptr<int>(),
+                              stream_of(raw_stream));
   return {dA, dB};
 }
 

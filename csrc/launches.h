@@ -19,8 +19,10 @@ void one_pass(const OnePass& problem, float* workspace, cudaStream_t stream);
 // S alone.
 void adapter_down(const OnePass& problem, float* workspace, cudaStream_t stream);
 
+// It counts in so many ints, which must be zero and are zero again afterwards.
+int adapter_grads_counters(const AdapterGrads& problem);
 int64_t adapter_grads_workspace(const AdapterGrads& problem);
-void adapter_grads(const AdapterGrads& problem, float* workspace, cudaStream_t stream);
+void adapter_grads(const AdapterGrads& problem, float* workspace, int* counters, cudaStream_t stream);
 
 // The weight in float32 or rounded to 16 bits: [rows, columns], contiguous.
 void dequantize(const Nf4& weight, DType dtype, void* out, cudaStream_t stream);

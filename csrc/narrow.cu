@@ -1,7 +1,9 @@
 #include "narrow.cuh"
 
 #include <algorithm>
+#include <type_traits>
 
+#include "adapter_grads.cuh"
 #include "launch.cuh"
 
 namespace lora_kernels {
@@ -11,6 +13,8 @@ namespace {
 constexpr int64_t kMostFewRows = 32;
 // No part is shorter than this: adding up the parts costs a launch, and a pass over them.
 constexpr int64_t kLeastDepth = 256;
+// Nor does a block of adapter_grads_kernel take fewer steps.
+constexpr int64_t kLeastShare = 2;
 
 int64_t rank_step(int64_t rank) { return rank <= 16 ? 16 : 64; }
 
@@ -45,25 +49,25 @@ void launch_narrow(const NarrowPlan& plan, cudaStream_t stream) {
   }
 }
 
-template <bool kDepthInner, int kRank>
-void launch_by_dtype(const NarrowPlan& plan, DType dtype, bool in_float, cudaStream_t stream) {
-  if (dtype == DType::kFloat32) {
-    launch_narrow<FloatMath<float, kDepthInner, kRank>>(plan, stream);
-  } else if (dtype == DType::kBFloat16) {
-    in_float ? launch_narrow<FloatMath<bf16, kDepthInner, kRank>>(plan, stream)
-             : launch_narrow<TensorMath<bf16, kDepthInner, kRank>>(plan, stream);
-  } else {
-    in_float ? launch_narrow<FloatMath<half, kDepthInner, kRank>>(plan, stream)
-             : launch_narrow<TensorMath<half, kDepthInner, kRank>>(plan, stream);
-  }
+template <bool kDepthInner, class T>
+void launch_floats(const NarrowPlan& plan, cudaStream_t stream) {
+  rank_step(plan.product[0].rank) == 16 ? launch_narrow<FloatMath<T, kDepthInner, 16>>(plan, stream)
+                                        : launch_narrow<FloatMath<T, kDepthInner, 64>>(plan, stream);
 }
 
-template <bool kDepthInner>
-void launch_by_rank(const NarrowPlan& plan, DType dtype, bool in_float, cudaStream_t stream) {
-  if (rank_step(plan.product[0].rank) == 16) {
-    launch_by_dtype<kDepthInner, 16>(plan, dtype, in_float, stream);
-  } else {
-    launch_by_dtype<kDepthInner, 64>(plan, dtype, in_float, stream);
+template <class T>
+void launch_tensors(const NarrowPlan& plan, cudaStream_t stream) {
+  rank_step(plan.product[0].rank) == 16 ? launch_narrow<TensorMath<T, 16>>(plan, stream)
+                                        : launch_narrow<TensorMath<T, 64>>(plan, stream);
+}
+
+// launch(T()) with the type that a dtype names.
+template <class Launch>
+void with_type(DType dtype, Launch launch) {
+  switch (dtype) {
+    case DType::kFloat32: return launch(float());
+    case DType::kFloat16: return launch(half());
+    case DType::kBFloat16: return launch(bf16());
   }
 }
 
@@ -124,6 +128,41 @@ NarrowPlan gradients(const AdapterGrads& problem) {
   return plan;
 }
 
+// float32 operands, and float32 adapters over a 16-bit base.
+bool in_float(const AdapterGrads& problem) { return problem.narrow_dtype == DType::kFloat32; }
+
+// The line of steps of dA and dB, cut into shares.
+GradientPlan share_out(const NarrowPlan& gradients) {
+  using namespace gradient_tile;
+  const NarrowProduct &first = gradients.product[0], &second = gradients.product[1];
+  GradientPlan plan{};
+  plan.product[0] = first, plan.product[1] = second;
+  plan.blocks_of_first = static_cast<int>(divide_up(first.width, kWidth));
+  plan.chunks = static_cast<int>(divide_up(first.rank, rank_step(first.rank)));
+  plan.tiles = (plan.blocks_of_first + static_cast<int>(divide_up(second.width, kWidth))) * plan.chunks;
+  plan.steps = divide_up(first.depth, kDepth);
+  const int64_t at_a_time = kBlocksAtATime * multiprocessors();
+  plan.share = divide_up(plan.tiles * plan.steps, at_a_time);
+  // Shares that end where tiles end are fewer parts to add, and blocks of neighbouring columns go down the same rows
+  // together. It may take a sixteenth longer.
+  const int64_t parts = std::max<int64_t>(1, at_a_time / plan.tiles), even = divide_up(plan.steps, parts);
+  if (even * 16 <= plan.share * 17) plan.share = even;
+  plan.share = std::max(plan.share, kLeastShare);
+  plan.blocks = static_cast<int>(divide_up(plan.tiles * plan.steps, plan.share));
+  return plan;
+}
+
+template <class T>
+void launch_gradients(const GradientPlan& plan, cudaStream_t stream) {
+  using namespace gradient_tile;
+  const auto blocks = static_cast<unsigned>(plan.blocks);
+  const auto start = [&](auto kernel, int shared_bytes) {
+    launch("adapter_grads_kernel", kernel, blocks, kThreads, shared_bytes, stream, plan);
+  };
+  rank_step(plan.product[0].rank) == 16 ? start(adapter_grads_kernel<T, 16>, kSharedBytes<T, 16>)
+                                        : start(adapter_grads_kernel<T, 64>, kSharedBytes<T, 64>);
+}
+
 }  // namespace
 
 int64_t one_pass_workspace(const OnePass& problem) {
@@ -137,30 +176,42 @@ void adapter_down(const OnePass& problem, float* workspace, cudaStream_t stream)
   NarrowPlan plan{};
   NarrowProduct& p = plan.product[0] = down_product(problem);
   const bool split = problem.precision == Precision::kSplit;
-  if (problem.M <= kMostFewRows) {
-    switch (problem.dtype) {
-      case DType::kFloat32: return launch_few_rows<float>(p, !split, stream);
-      case DType::kFloat16: return launch_few_rows<half>(p, !split, stream);
-      case DType::kBFloat16: return launch_few_rows<bf16>(p, !split, stream);
+  with_type(problem.dtype, [&](auto number) {
+    using T = decltype(number);
+    if (problem.M <= kMostFewRows) return launch_few_rows<T>(p, !split, stream);
+    divide(plan);
+    p.partials = workspace;
+    if constexpr (!std::is_same_v<T, float>) {
+      if (!split) return launch_tensors<T>(plan, stream);
     }
-  }
-  divide(plan);
-  p.partials = workspace;
-  launch_by_rank<true>(plan, problem.dtype, split, stream);
+    launch_floats<true, T>(plan, stream);
+  });
+}
+
+int adapter_grads_counters(const AdapterGrads& problem) {
+  return in_float(problem) ? 0 : share_out(gradients(problem)).tiles;
 }
 
 int64_t adapter_grads_workspace(const AdapterGrads& problem) {
   NarrowPlan plan = gradients(problem);
-  return divide(plan);
+  if (in_float(problem)) return divide(plan);
+  const GradientPlan shared = share_out(plan);
+  return (shared.tiles + shared.blocks) * gradient_tile::kWidth * rank_step(problem.R);
 }
 
-void adapter_grads(const AdapterGrads& problem, float* workspace, cudaStream_t stream) {
+void adapter_grads(const AdapterGrads& problem, float* workspace, int* counters, cudaStream_t stream) {
   NarrowPlan plan = gradients(problem);
-  divide(plan);
-  NarrowProduct &first = plan.product[0], &second = plan.product[1];
-  first.partials = workspace;
-  second.partials = workspace + plan.parts * first.width * first.rank;
-  launch_by_rank<false>(plan, problem.dtype, problem.narrow_dtype == DType::kFloat32, stream);
+  if (in_float(problem)) {
+    divide(plan);
+    NarrowProduct &first = plan.product[0], &second = plan.product[1];
+    first.partials = workspace;
+    second.partials = workspace + plan.parts * first.width * first.rank;
+    with_type(problem.dtype, [&](auto number) { launch_floats<false, decltype(number)>(plan, stream); });
+  } else {
+    GradientPlan shared = share_out(plan);
+    shared.partials = workspace, shared.arrivals = counters;
+    problem.dtype == DType::kBFloat16 ? launch_gradients<bf16>(shared, stream) : launch_gradients<half>(shared, stream);
+  }
 }
 
 }  // namespace lora_kernels

@@ -3,7 +3,8 @@
 //     P[w, r] = scale * sum over d of mask(wide)[w, d] narrow[d, r]
 //
 // S and T: wide is x or dy, stored [width, depth]. dA and dB: wide is x^T or dy^T, stored [depth, width], and narrow
-// is T or S. The depth is divided into parts, which are added in their order: the same bits in every run.
+// is T or S; those of 16 bits have adapter_grads.cuh. The depth is divided into parts, which are added in their order:
+// the same bits in every run.
 #pragma once
 
 #include "mma.cuh"
@@ -111,18 +112,18 @@ struct NarrowTile {
   }
 };
 
-// 16-bit operands, on the tensor cores: 4 warps of 16 rows of the block each.
-template <class T, bool kDepthInner, int kRank>
+// 16-bit operands of S and T, on the tensor cores: 4 warps of 16 rows of the block each.
+template <class T, int kRank>
 struct TensorMath {
   static constexpr int kDepth = 64;
-  using Wide = WideTile<T, kDepthInner, kDepth>;
+  using Wide = WideTile<T, true, kDepth>;
   using Narrow = NarrowTile<T, kDepth, kRank>;
   // A pad of 16 bytes a row, so that the eight rows of a matrix lie in different banks.
-  static constexpr int kWideStride = Wide::kColumns + 8;
+  static constexpr int kWideStride = kDepth + 8;
   static constexpr int kNarrowSize = kRank * (kDepth + 8) > kDepth * (kRank + 8) ? kRank * (kDepth + 8)
                                                                                  : kDepth * (kRank + 8);
   struct Shared {
-    alignas(16) T wide[kNarrowWidth * (kDepth + 8)];
+    alignas(16) T wide[kNarrowWidth * kWideStride];
     alignas(16) T narrow[kNarrowSize];
   };
   float acc[kRank / 8][4] = {};
@@ -146,11 +147,7 @@ struct TensorMath {
 #pragma unroll
     for (int d = 0; d < kDepth; d += 16) {
       uint32_t a[4];
-      if (kDepthInner) {
-        load_a(a, shared.wide, kWideStride, row0, d, lane);
-      } else {
-        load_a_transposed(a, shared.wide, kWideStride, row0, d, lane);
-      }
+      load_a(a, shared.wide, kWideStride, row0, d, lane);
 #pragma unroll
       for (int r = 0; r < kRank; r += 16) {
         uint32_t b[4];

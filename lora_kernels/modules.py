@@ -193,7 +193,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
-            return nn.functional.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+            assert isinstance(self.weight, Tensor)
+            if not isinstance(self._unmerged, NF4Weight) or torch.is_autocast_enabled(x.device.type):
+                return nn.functional.linear(x, self.weight, self.bias)
+            # Merged or not, x decides what is computed in, and not what the weight was quantized from.
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
         return lora_linear(
             x,
             self.weight,
@@ -300,6 +305,8 @@ class LoRALinear(nn.Module):
 
     @staticmethod
     def _loaded(present: NF4Weight, state: Mapping[str, Any], key: str, assign: bool) -> NF4Weight:
+        if present.packed.is_meta and not assign:
+            raise ValueError(f"state[{key!r}] cannot be copied to the meta device: load with assign=True, or use to_empty")
         loaded = NF4Weight.from_state_dict(state, key, None if assign else present.device)
         if loaded.shape != present.shape:
             raise ValueError(f"state[{key!r}] was {list(loaded.shape)}, but must be {list(present.shape)}")
@@ -316,7 +323,11 @@ class LoRALinear(nn.Module):
 
 def _moved(weight: NF4Weight, fn: Any) -> NF4Weight:
     """The weight on the device to which `fn` moves tensors; fn itself might cast the scales to another dtype."""
-    return weight.to(fn(weight.packed[:0]).device)
+    device = fn(weight.packed[:0]).device
+    if weight.packed.is_meta:
+        # Only to_empty comes from there: every other fn has refused.
+        return NF4Weight.of([torch.empty_like(t, device=device) for t in weight.tensors()], weight.form)
+    return weight.to(device)
 
 
 _BASE_NAMES = ", ".join(map(str, BASE_DTYPES))

@@ -40,13 +40,17 @@ _CHUNK = 2**22
 _SMALLEST_DIVISOR = 1e-38
 
 
+# What is cached outlives the call that made it: a tensor made in somebody's inference mode could never be saved for
+# a backward.
 @cache
+@torch.inference_mode(False)
 def code_table(device: torch.device) -> Tensor:
     """The 16 values that a code stands for: float32, ascending."""
     return torch.tensor(_CODE_TABLE, dtype=torch.float32, device=device)
 
 
 @cache
+@torch.inference_mode(False)
 def nested_map(device: torch.device) -> Tensor:
     """The 256 values that an 8-bit scale stands for: float32, ascending.
 
@@ -54,7 +58,7 @@ def nested_map(device: torch.device) -> Tensor:
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32, device="cpu")
         for mean in (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist():
             values += [mean, -mean]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
@@ -114,6 +118,7 @@ def decode_scales(codes: Tensor, nested_absmax: Tensor, values: Tensor, offset: 
 
 
 @cache
+@torch.inference_mode(False)
 def _pairs(device: torch.device) -> Tensor:
     """[256, 2]: the two values of a byte, that of the high nibble first."""
     table, byte = code_table(device), torch.arange(256, device=device)

@@ -40,8 +40,10 @@ def dump(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
         state[f"{prefix}.nested_quant_map"] = weight.nested_map.clone()
         description["nested_blocksize"] = NESTED_BLOCK_SIZE
         description["nested_dtype"] = "float32"
-        description["nested_offset"] = weight.offset.item()
-    state[f"{prefix}.{_DESCRIPTION}"] = torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8)
+        # On the meta device there is none yet; `load` refuses a NaN.
+        description["nested_offset"] = float("nan") if weight.offset.is_meta else weight.offset.item()
+    encoded = list(json.dumps(description).encode())
+    state[f"{prefix}.{_DESCRIPTION}"] = torch.tensor(encoded, dtype=torch.uint8, device="cpu")
     return state
 
 

@@ -140,6 +140,39 @@ def test_one_gradient_alone(needed: str) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    "size",
+    # On the emulation's 6 multiprocessors: shares that end with tiles, that cross them, that hold several of them.
+    [(1000, 256, 392, 8), (700, 264, 17, 16), (260, 904, 1000, 12), (400, 136, 128, 150), (0, 16, 8, 4)],
+    ids=str,
+)
+def test_adapter_gradients_in_parts(
+    size: tuple[int, int, int, int], dtype: torch.dtype, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    M, K, N, rank = size
+    generator = torch.Generator().manual_seed(0)
+    x, dy, s, t = (torch.randn(M, width, generator=generator).to(dtype) for width in (K, N, rank, rank))
+    dropout = Dropout(dropout_p, torch.tensor([0x0123456789ABCDEF])) if dropout_p else None
+    zeros = torch.zeros(1000, dtype=torch.int32)
+    monkeypatch.setattr(cuda, "zeros_for", lambda device, count: zeros[:count])
+
+    dA, dB = cuda.backward_adapters(x, dy, s, t, dropout, FP32)
+    assert dA is not None
+    assert dB is not None
+    kept = x.double() if dropout is None else torch.where(dropout.keep(M, K), x.double(), 0.0)
+    torch.testing.assert_close(dA.double(), t.double().T @ kept, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dB.double(), dy.double().T @ s.double(), rtol=1e-5, atol=1e-4)
+    # The counters are as they were found, and each gradient alone has the same values.
+    assert not zeros.any()
+    alone_A, _ = cuda.backward_adapters(x, dy, None, t, dropout, FP32)
+    _, alone_B = cuda.backward_adapters(None, dy, s, None, None, FP32)
+    torch.testing.assert_close(alone_A, dA, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(alone_B, dB, rtol=1e-5, atol=1e-4)
+    assert not zeros.any()
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("block_size", [BLOCK_SIZES[0], 64, BLOCK_SIZES[-1]])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 63), (40, 64), (130, 33)], ids=str)

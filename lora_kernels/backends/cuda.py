@@ -62,8 +62,13 @@ def backward_adapters(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dA = T^T mask(x) where T and x are given, dB = dy^T S where S is given, both in `dtype`."""
+    narrow = s if t is None else t
+    assert narrow is not None
+    # At least one for each tile: 128 columns of x or dy, and 64 of the rank.
+    columns = dy.shape[1] + (0 if x is None else x.shape[1])
+    zeros = zeros_for(dy.device, (columns // 128 + 2) * (narrow.shape[1] // 64 + 1))
     dA, dB = _extension(dy.device).adapter_grads(
-        x, dy, s, t, *_mask(dropout), dtype == torch.float32, _stream(dy.device)
+        x, dy, s, t, *_mask(dropout), dtype == torch.float32, zeros, _stream(dy.device)
     )
     return dA, dB
 
@@ -151,7 +156,7 @@ def _refuses(problem: Problem) -> str | None:
         return f"compute capability is {capability[0]}.{capability[1]}, and the kernels need 8.0"
     if cuda_build.is_built(capability):
         return None
-    missing = cuda_build.missing()
+    missing = cuda_build.missing() or cuda_build.nowhere()
     return None if missing is None else f"it is not compiled, and cannot be here: {missing}"
 
 

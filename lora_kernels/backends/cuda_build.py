@@ -19,6 +19,8 @@ from types import ModuleType
 
 import torch
 
+from lora_kernels.backends.cache import cache_folder, is_there
+
 Capability = tuple[int, int]
 
 PREBUILT = "lora_kernels._cuda"
@@ -58,7 +60,7 @@ def has_prebuilt() -> bool:
 
 def is_built(capability: Capability) -> bool:
     """Whether `load` would compile nothing."""
-    return has_prebuilt() or _marker(capability).exists()
+    return has_prebuilt() or (nowhere() is None and is_there(_marker(capability)))
 
 
 def missing() -> str | None:
@@ -78,6 +80,11 @@ def missing() -> str | None:
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler: {compiler!r} is not on the PATH"
     return None
+
+
+def nowhere() -> str | None:
+    """Why there is no folder for what is compiled on first use; None if there is one."""
+    return "there is no home directory to keep it in: set TORCH_EXTENSIONS_DIR" if _root() is None else None
 
 
 def load(capability: Capability) -> ModuleType:
@@ -144,9 +151,14 @@ def _marker(capability: Capability) -> Path:
 @cache
 def _folder(capability: Capability) -> Path:
     """Where the extension for a chip, from these sources and for this PyTorch, is kept."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    cache_folder = Path(root) if root else Path.home() / ".cache" / "lora_kernels"
-    return cache_folder / f"{_name(capability)}_{_digest(capability)}"
+    root = _root()
+    assert root is not None, "nowhere() says so first"
+    return root / f"{_name(capability)}_{_digest(capability)}"
+
+
+def _root() -> Path | None:
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(named) if named else cache_folder()
 
 
 def _digest(capability: Capability) -> str:

@@ -135,7 +135,9 @@ def _nf4_weight(base: Any, stored: Tensor) -> NF4Weight | str:
         and all(map(is_, entry.parts, parts))
     ):
         return entry.weight
-    weight = _read(stored, state)
+    # Remembered beyond this call: views made in an inference mode could not be saved for a later backward.
+    with torch.inference_mode(False):
+        weight = _read(stored, state)
     if isinstance(weight, NF4Weight):
         key = id(stored)
         _entries[key] = _Entry(ref(stored, lambda _: _entries.pop(key, None)), parts, weight)

@@ -19,6 +19,12 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -60,6 +66,15 @@ T __ldg(const T* pointer) {
   emulation::require(reinterpret_cast<uintptr_t>(pointer) % sizeof(T) == 0);
   return *pointer;
 }
+
+template <class T>
+T __ldcg(const T* pointer) {
+  return __ldg(pointer);
+}
+
+// One block runs at a time.
+inline void __threadfence() {}
+inline int atomicAdd(int* number, int added) { return (*number += added) - added; }
 
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lora_kernels.backends.cache import cache_folder, is_there
 from lora_kernels.backends.triton.tiles import INTERPRETER, Chip, GradTiles, OnePassTiles
 
 FORMAT = 1
@@ -82,12 +83,9 @@ def table_path(chip: Chip) -> Path | None:
     named = os.environ.get(VARIABLE)
     if named is not None:
         return Path(named) if named else None
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return None
+    folder = cache_folder()
     major, minor = chip.capability
-    return folder / "lora_kernels" / f"tiles-{major}.{minor}-{chip.multiprocessors}.json"
+    return None if folder is None else folder / f"tiles-{major}.{minor}-{chip.multiprocessors}.json"
 
 
 @cache
@@ -98,7 +96,7 @@ def tuned_table(chip: Chip) -> TunedTable | None:
         TableRefused: it is damaged, from another chip, or holds what this chip cannot run.
     """
     path = None if chip == INTERPRETER else table_path(chip)
-    if path is None or (not path.exists() and VARIABLE not in os.environ):
+    if path is None or (VARIABLE not in os.environ and not is_there(path)):
         return None
     return read_table(path, chip)
 
