@@ -306,7 +306,7 @@ class LoRALinear(nn.Module):
     @staticmethod
     def _loaded(present: NF4Weight, state: Mapping[str, Any], key: str, assign: bool) -> NF4Weight:
         if present.packed.is_meta and not assign:
-            raise ValueError(f"state[{key!r}] cannot be copied to the meta device: load with assign=True, or use to_empty")
+            raise ValueError(f"state[{key!r}] cannot be copied to the meta device: pass assign=True, or use to_empty")
         loaded = NF4Weight.from_state_dict(state, key, None if assign else present.device)
         if loaded.shape != present.shape:
             raise ValueError(f"state[{key!r}] was {list(loaded.shape)}, but must be {list(present.shape)}")

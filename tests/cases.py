@@ -74,7 +74,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_SIZES = [
+SMALL_SIZES = [
     (1, 1, 1, 1),
     (3, 17, 63, 3),
     (17, 63, 3, 8),
@@ -101,7 +101,7 @@ def grid(gpu: bool) -> list[Case]:
     half = torch.bfloat16 if gpu else torch.float16
     # float32 adapters over float16 are the eager backend's alone, and the interpreter has no bfloat16.
     cases: list[Case] = []
-    for index, (M, K, N, rank) in enumerate(_SIZES + (_LARGE if gpu else [])):
+    for index, (M, K, N, rank) in enumerate(SMALL_SIZES + (_LARGE if gpu else [])):
         plain = Case(M, K, N, rank, half)
         masked = replace(plain, dropout=(0.1, 0.5, 0.3)[index % 3])
         cases += [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,3 +54,18 @@ def poisoned_allocations() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture
+def cuda_refuses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CUDA backend that refuses everything, whether or not it could run here."""
+    from lora_kernels import dispatch
+    from lora_kernels.backends import cuda
+
+    monkeypatch.setattr(cuda, "BACKEND", replace(cuda.BACKEND, refuses=lambda problem: "it is not in the mood"))
+    monkeypatch.setattr("lora_kernels.functional._choices", {})
+    dispatch._load.cache_clear()
+    dispatch.choose.cache_clear()
+    yield
+    dispatch._load.cache_clear()
+    dispatch.choose.cache_clear()

@@ -90,6 +90,27 @@ def test_refuses_for_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert cuda._declines(problem("cuda")) is None
 
 
+def test_refuses_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The automatic choice asks whether it is built on every GPU: no home is a reason, and not an error."""
+    problem = Problem(torch.device("cuda"), torch.bfloat16, "native", 64, 64, 8)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(cuda_build, "missing", lambda: None)
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    cuda_build._folder.cache_clear()
+    assert "no home directory to keep it in" in str(cuda._refuses(problem))
+    assert str(cuda._declines(problem)).startswith("it is not compiled yet")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert cuda._refuses(problem) is None
+    cuda_build._folder.cache_clear()
+
+
 def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch.utils import cpp_extension
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import HAS_GPU, Case, Tensors
+from cases import HAS_GPU, SMALL_SIZES, Case, Tensors
 from cuda_emulator import COMPILER, load
 from test_linear import run
 from tolerance import assert_as_exact_as_peft, peft_sequence
@@ -77,18 +77,7 @@ def check(case: Case, monkeypatch: pytest.MonkeyPatch, weight: NF4Weight | None 
     assert_as_exact_as_peft(run(ours, tensors), run(peft, tensors), run(exact, tensors.double()))
 
 
-SIZES = [
-    (1, 1, 1, 1),
-    (3, 17, 63, 3),
-    (17, 63, 3, 8),
-    (63, 64, 80, 12),
-    (65, 96, 130, 16),
-    (5, 130, 40, 64),
-    (70, 33, 48, 100),
-    (130, 264, 136, 16),
-    (40, 64, 200, 20),
-    (34, 520, 72, 70),
-]
+SIZES = [*SMALL_SIZES, (130, 264, 136, 16), (40, 64, 200, 20), (34, 520, 72, 70)]
 
 
 def grid() -> Iterator[Case]:

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from cases import HAS_GPU, Case, grid
+from graphs import captured
 from test_linear import drawn, run  # noqa: F401
 from test_linear import test_is_as_exact_as_peft as check_accuracy
 from tolerance import assert_as_exact_as_peft, peft_sequence
@@ -100,14 +101,7 @@ def test_a_captured_graph_replays(portable: bool, device: torch.device) -> None:
         y = lora_linear(leaves[0], t.weight, *leaves[1:], dropout_p=0.0, backend="cuda")
         return [y.detach(), *torch.autograd.grad(y, leaves, t.dy)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = captured(step)
     for seed in range(3):
         t.x.copy_(torch.randn(t.x.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()

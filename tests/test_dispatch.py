@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import dispatch, explain, lora_linear, selftest, use_backend
-from lora_kernels.backends import Problem, cuda, cuda_build, eager, tf32_allowed
+from lora_kernels.backends import Problem, cuda_build, eager, tf32_allowed
 from lora_kernels.cli.main import main
 from lora_kernels.dispatch import BackendRefused, choose, requested
 from lora_kernels.selftest import BackendStatus, backend_report
@@ -53,18 +52,6 @@ def test_use_backend_holds_for_its_thread() -> None:
         thread.start()
         thread.join()
     assert seen == ["auto"]
-
-
-@pytest.fixture
-def cuda_refuses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A CUDA backend that refuses everything, whether or not it could run here."""
-    monkeypatch.setattr(cuda, "BACKEND", replace(cuda.BACKEND, refuses=lambda problem: "it is not in the mood"))
-    monkeypatch.setattr("lora_kernels.functional._choices", {})
-    dispatch._load.cache_clear()
-    dispatch.choose.cache_clear()
-    yield
-    dispatch._load.cache_clear()
-    dispatch.choose.cache_clear()
 
 
 @pytest.mark.usefixtures("cuda_refuses")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 import torch
 from cases import HAS_GPU, Case
+from graphs import captured
 
 from lora_kernels import LoRALinear, lora_linear
+from lora_kernels.dropout import Dropout, keep_mask
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +22,7 @@ if HAS_GPU:
     from lora_kernels.backends import sync
     from lora_kernels.backends.triton import launch
     from lora_kernels.backends.triton.one_pass import one_pass_kernel
-    from lora_kernels.backends.triton.tiles import chip_of, one_pass_tiles
+    from lora_kernels.backends.triton.tiles import candidates, chip_of, one_pass_tiles
 
     @triton.jit
     def hold_multiprocessors(flag_ptr, limit):
@@ -47,6 +50,24 @@ def test_a_tile_that_cannot_wait_computes_the_same_bits(case: Case) -> None:
         reference = expected if programs is None else forward(case, programs=programs)
         for value, want in zip(got, reference, strict=True):
             assert torch.equal(value, want)
+
+
+@pytest.mark.parametrize(("rank", "least_block_n"), [(16, 128), (64, 256), (512, 256)])
+def test_a_masked_branch_is_right_in_every_configuration(rank: int, least_block_n: int) -> None:
+    """Each that the launcher may choose for it, at one row block and at several."""
+    for M, K, N in ((129, 64, 64), (500, 512, 768)):
+        t = Case(M, K, N, rank, torch.bfloat16).tensors(torch.device("cuda", 0))
+        dropout = Dropout.draw(0.3, t.dy.device)
+        assert dropout is not None
+        mask = keep_mask(dropout.seed, M, K, 0.3)
+        d = t.double()
+        exact = d.dy @ d.weight + 2.0 * torch.where(mask, (d.dy @ d.lora_B) @ d.lora_A, 0.0)
+        for tiles in candidates(chip_of(t.dy.device), 2, True):
+            if tiles.block_n >= least_block_n:
+                dx, _ = launch.one_pass(
+                    t.dy, t.weight, t.lora_B, t.lora_A, None, 2.0, dropout, False, "native", tiles=tiles
+                )
+                assert float((dx.double() - exact).norm() / exact.norm()) < 5e-3, tiles
 
 
 @pytest.mark.parametrize("held", [32, 110, 128])
@@ -99,21 +120,9 @@ def step(module: LoRALinear, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *gradients]
 
 
-def captured(module: LoRALinear, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(module, x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step(module, x)
-    return graph, results
-
-
 def test_a_captured_graph_replays() -> None:
     module, x = layer(), torch.randn(384, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    graph, results = captured(module, x)
+    graph, results = captured(partial(step, module, x))
     for seed in range(3):
         with torch.no_grad():
             x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
@@ -124,7 +133,7 @@ def test_a_captured_graph_replays() -> None:
 
 def test_each_replay_draws_a_new_mask() -> None:
     module, x = layer(dropout=0.5), torch.randn(384, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    graph, results = captured(module, x)
+    graph, results = captured(partial(step, module, x))
     outputs = []
     for _ in range(3):
         graph.replay()
@@ -144,7 +153,7 @@ def test_graphs_and_eager_calls_run_side_by_side() -> None:
             ).requires_grad_()
         )
     expected = [step(module, x) for module, x in zip(modules, inputs, strict=True)]
-    graphs = [captured(module, x) for module, x in zip(modules[:2], inputs[:2], strict=True)]
+    graphs = [captured(partial(step, module, x)) for module, x in zip(modules[:2], inputs[:2], strict=True)]
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()
     for _ in range(20):

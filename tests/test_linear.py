@@ -107,6 +107,7 @@ def test_same_inputs_same_bits(backend: str, device: torch.device) -> None:
         )
 
     first = once()
-    for _ in range(3):
+    # Triton's interpreter takes a quarter of a minute each time, and runs one program after the other.
+    for _ in range(3 if device.type == "cuda" else 1):
         for name, value in once().items():
             assert torch.equal(value, first[name]), name

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_kernels import NF4Weight
+from lora_kernels import NF4Weight, lora_linear
 from lora_kernels import nf4_codec as codec
 from lora_kernels.nf4_codec import BLOCK_SIZES
 
@@ -193,6 +193,33 @@ def test_size(device: torch.device) -> None:
     for block_size, double_quant, bits in ((64, True, 4.127), (64, False, 4.5), (4096, True, 4.002)):
         weight = NF4Weight.quantize(w, block_size, double_quant)
         assert weight.nbytes * 8 / w.numel() == pytest.approx(bits, abs=1e-3)
+
+
+def test_tables_are_nobodys_inference_tensors(device: torch.device) -> None:
+    """Whoever asks first makes the tables, for everybody: one who evaluates must not spoil them for training."""
+    for table in (codec.code_table, codec.nested_map, codec._pairs):
+        table.cache_clear()
+    w = torch.randn(8, 64, device=device)
+    with torch.inference_mode():
+        NF4Weight.quantize(w).dequantize()
+    x = torch.randn(3, 64, device=device, requires_grad=True)
+    adapter = torch.zeros(2, 64, device=device), torch.zeros(8, 2, device=device)
+    weight = NF4Weight.quantize(w)
+    y = lora_linear(x, weight, *adapter, backend="eager")
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(3, -1))
+
+
+def test_the_default_device_makes_no_difference(device: torch.device) -> None:
+    for table in (codec.code_table, codec.nested_map, codec._pairs):
+        table.cache_clear()
+    w = vector_weight(device)
+    with torch.device("meta"):
+        weight = NF4Weight.quantize(w)
+        state = weight.state_dict()
+    assert weight.absmax.tolist() == VECTORS["double"]["absmax_u8"]
+    assert bytes(state["weight.quant_state.bitsandbytes__nf4"].tolist()).decode() == VECTORS["quant_state_json"]
 
 
 def test_attributes(device: torch.device) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from cases import HAS_GPU
+from graphs import captured
 from tolerance import assert_as_exact_as_peft
 from torch import Tensor
 
@@ -342,14 +343,7 @@ def test_a_captured_graph_replays(device: torch.device) -> None:
     def step() -> Tensor:
         return nf4_launch.one_pass(left, weight, down, up, bias, 1.0, None, True, "native", path="fly")[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = captured(step)
     for _ in range(3):
         left.normal_()
         graph.replay()

@@ -87,6 +87,21 @@ def test_a_layer_on_the_meta_device_is_filled_by_loading(device: torch.device) -
     assert torch.equal(empty(x), layer(x))
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_layer_on_the_meta_device_is_filled_through_to_empty(double_quant: bool, device: torch.device) -> None:
+    layer, x = make(device, double_quant=double_quant), inputs(device)
+    with torch.device("meta"):
+        empty = LoRALinear(K, N, r=4, alpha=8, quantize="nf4", double_quant=double_quant)
+    assert empty.state_dict().keys() == layer.state_dict().keys()
+    with pytest.raises(RuntimeError, match=r"state\['weight'\] cannot be copied to the meta device: pass assign=True"):
+        empty.load_state_dict(layer.state_dict())
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        empty.to(device)
+    assert base_of(empty.to_empty(device=device)).device == device
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty(x), layer(x))
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_casting_leaves_the_scales_alone(merged: bool, device: torch.device) -> None:
     layer = make(device)
@@ -123,6 +138,22 @@ def test_merging(device: torch.device) -> None:
     with pytest.raises(ValueError, match="make the merged weight NaN or infinite"):
         layer.merge(safe=True)
     assert layer.weight is base
+
+
+@pytest.mark.parametrize("cast_first", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_merged_too_x_decides_what_is_computed_in(cast_first: bool, autocast: bool, device: torch.device) -> None:
+    layer, x = make(device), inputs(device, torch.bfloat16)
+    if cast_first:
+        layer.to(torch.bfloat16)
+    wanted = expected(layer, x)
+    layer.merge()
+    if not cast_first:
+        layer.to(torch.bfloat16)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), wanted, rtol=2e-2, atol=6e-2)
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -151,6 +151,7 @@ def test_use_backend_inside_of_compiled_code(device: torch.device) -> None:
     assert_same(step(call, make(device)), step(function, make(device)))
 
 
+@pytest.mark.usefixtures("cuda_refuses")
 def test_a_backend_that_refuses_does_not_fall_back(device: torch.device) -> None:
     call = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)
     with pytest.raises(BackendRefused, match="backend='cuda' cannot run this call"):

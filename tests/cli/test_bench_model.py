@@ -14,9 +14,9 @@ pytest.importorskip("peft")
 from lora_kernels.cli.bench import command, models
 from lora_kernels.cli.bench.models import MODEL_PROVIDERS, ModelProvider, Trained, build
 from lora_kernels.cli.bench.providers import Missing, WrongAnswer
-from lora_kernels.cli.bench.results import RESULTS_FILE, read_results
+from lora_kernels.cli.bench.results import RESULTS_FILE, Setting, read_results
 from lora_kernels.cli.bench.shapes import TINY
-from lora_kernels.cli.bench.training import Setting, Training, _check
+from lora_kernels.cli.bench.training import Training, _check
 from lora_kernels.cli.main import main
 
 CPU = torch.device("cpu")

@@ -38,7 +38,7 @@ AMPERE = Chip((8, 0), 108, 166912, False)
 SQUARE, WIDE = OnePassTiles(128, 128, 64, 8, 4, True, 1.0), OnePassTiles(64, 256, 64, 4, 4, True, 1.0)
 TABLE = TunedTable(
     HOPPER,
-    "2026-11-22",
+    "some day",
     (OnePassEntry(2, True, 2048, 4096, WIDE), OnePassEntry(2, True, 8192, 4096, SQUARE)),
     (GradEntry(2, GradTiles(128, 64, 4, 4)),),
 )
@@ -101,7 +101,7 @@ def test_a_table_is_used(tmp_path: Path) -> None:
     assert one_pass_tiles(HOPPER, 2, True, 8192, 4096) == SQUARE
     assert one_pass_tiles(HOPPER, 2, True, 6000, 4096) == SQUARE
     assert grad_tiles(HOPPER, 2) == GradTiles(128, 64, 4, 4)
-    assert tuned.describe(HOPPER) == f"tuned on this GPU (2026-11-22): {path}"
+    assert tuned.describe(HOPPER) == f"tuned on this GPU (some day): {path}"
 
 
 @pytest.mark.parametrize(("M", "N", "itemsize", "use_tma"), [(512, 4096, 2, True), (2048, 1024, 2, True), (2048, 4096, 2, False), (2048, 4096, 4, True)])  # noqa: E501
@@ -137,6 +137,25 @@ def test_the_variable_names_a_table_or_none(tmp_path: Path, monkeypatch: pytest.
     assert tuned.tuned_table(HOPPER) == other
 
 
+def test_a_home_that_cannot_be_seen_holds_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose HOME is another user's, or that has none."""
+
+    def forbidden(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", forbidden)
+        assert tuned.tuned_table(HOPPER) is None
+    tuned.tuned_table.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert tuned.table_path(HOPPER) is None
+    assert tuned.tuned_table(HOPPER) is None
+
+
 def _spoil(**changes: Any) -> dict[str, Any]:
     data = {"format": 1} | json.loads(json.dumps(tuned.asdict(TABLE)))
     for name, value in changes.items():
@@ -156,6 +175,7 @@ def _spoil(**changes: Any) -> dict[str, Any]:
         (_spoil(one_pass=3), "an entry is damaged"),
         (_spoil(one_pass=[{"M": 1}]), "an entry is damaged"),
         (_spoil(colour="red"), "an entry is damaged"),
+        (_spoil(use_tma="no"), "an entry is damaged (use_tma is 'no')"),
         (_spoil(num_stages="four"), "an entry is damaged (num_stages is 'four')"),
         (_spoil(block_m=100), "blocks must be powers of two"),
         (_spoil(adapter_grads=[{"itemsize": 2, "tiles": vars(GradTiles(48, 64, 4, 4))}]), "blocks must be powers"),

@@ -349,6 +349,16 @@ def test_what_is_remembered_dies_with_the_parameter(device: str) -> None:
     assert len(peft_nf4._entries) == count
 
 
+def test_evaluating_in_inference_mode_before_training(device: str) -> None:
+    stock, fused = layers(device)
+    x = some_input(device)
+    # After patch_peft() nobody has looked at the layer before its first call.
+    peft_nf4._entries.clear()
+    with torch.inference_mode():
+        fused(x)
+    assert_same(run(stock, x), run(fused, x), 1e-5)
+
+
 def test_writing_to_the_weight_before_the_backward_is_an_error(device: str) -> None:
     _, fused = layers(device)
     y = fused(some_input(device).requires_grad_())

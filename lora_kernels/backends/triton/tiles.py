@@ -101,14 +101,16 @@ def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> 
     return tuned or shipped_tiles(chip, itemsize, use_tma, M, N)
 
 
-def shipped_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
+def shipped_tiles(
+    chip: Chip, itemsize: int, use_tma: bool, M: int, N: int, least_block_n: int = 0
+) -> OnePassTiles:
     """The configuration with the least predicted time: waves of tiles, times a tile's elements, over its rate."""
 
     def cost(tiles: OnePassTiles) -> float:
         count = -(-M // tiles.block_m) * -(-N // tiles.block_n)
         return -(-count // chip.multiprocessors) * tiles.block_m * tiles.block_n / tiles.rate
 
-    return min(candidates(chip, itemsize, use_tma), key=cost)
+    return min((t for t in candidates(chip, itemsize, use_tma) if t.block_n >= least_block_n), key=cost)
 
 
 def _tuned_table(chip: Chip) -> TunedTable | None:

@@ -148,7 +148,8 @@ def _parsed(data: dict[str, Any]) -> TunedTable:
     grads = tuple(GradEntry(**e | {"tiles": GradTiles(**e["tiles"])}) for e in data["adapter_grads"])
     for entry in _entries(one_pass, grads):
         for name, value in (*vars(entry).items(), *vars(entry.tiles).items()):
-            if name not in ("tiles", "use_tma", "rate") and not (type(value) is int and value > 0):
+            valid = type(value) is bool if name == "use_tma" else type(value) is int and value > 0
+            if name not in ("tiles", "rate") and not valid:
                 raise ValueError(f"{name} is {value!r}")
     return TunedTable(chip, str(data["made"]), one_pass, grads)
 

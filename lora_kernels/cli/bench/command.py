@@ -22,13 +22,14 @@ from lora_kernels.cli.bench.options import LayerOptions, ModelOptions, Options, 
 from lora_kernels.cli.bench.results import (
     RESULTS_FILE,
     Results,
+    Setting,
     environment,
     read_results,
     require_writable,
 )
 from lora_kernels.cli.bench.roofline import measure_ceilings
 from lora_kernels.cli.bench.table import layer_tables, model_table
-from lora_kernels.cli.bench.training import Setting, Training
+from lora_kernels.cli.bench.training import Training
 from lora_kernels.cli.errors import UserError
 from lora_kernels.cli.quiet import quieten_libraries
 

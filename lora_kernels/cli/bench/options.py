@@ -23,6 +23,8 @@ QUICK_SECONDS = 35.0
 _SAMPLES, _QUICK_SAMPLES, _CPU_TIME_SAMPLES = 30, 10, 200
 _M = (8192, 2048)
 _CASE_OPTIONS = ("ranks", "dropout", "adapters", "dtype", "nf4", "m")
+_LAYER_OPTIONS = ("regimes", "launches", "samples", "cpu_time", "memory")
+_MODEL_OPTIONS = ("layers", "batch", "seq", "rank", "quantize", "no_checkpointing", "steps")
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("whole models")
     model.add_argument("--layers", type=whole(1), help="build only so many (default: all); nothing is extrapolated")
-    model.add_argument("--batch", type=whole(1), default=2, help="default: 2")
+    model.add_argument("--batch", type=whole(1), help="default: 2")
     model.add_argument("--seq", type=whole(2), help="default: 4096; on a CPU 64")
-    model.add_argument("--rank", type=whole(1), default=16, help="default: 16")
+    model.add_argument("--rank", type=whole(1), help="default: 16")
     model.add_argument("--quantize", choices=["nf4"], help="keep the frozen weights in 4 bits")
     model.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
-    model.add_argument("--steps", type=whole(1), default=5, help="measured steps of each provider (default: 5)")
+    model.add_argument("--steps", type=whole(1), help="measured steps of each provider (default: 5)")
 
     parser.add_argument(
         "--providers",
@@ -172,13 +174,13 @@ def _model_options(args: argparse.Namespace, common: tuple[str, Path | None, boo
         *common,
         model=args.model,
         layers=args.layers or every,
-        batch=args.batch,
+        batch=args.batch or 2,
         seq=args.seq or (64 if common[0] == "cpu" else 4096),
-        rank=args.rank,
+        rank=args.rank or 16,
         quantize=args.quantize,
         checkpointing=not args.no_checkpointing,
         providers=_providers(args.providers or list(DEFAULT_PROVIDERS), list(MODEL_PROVIDERS)),
-        steps=args.steps,
+        steps=args.steps or 5,
     )
 
 
@@ -204,10 +206,13 @@ def _refuse_unused(args: argparse.Namespace) -> None:
         raise UserError(f"--{min(given)} goes with --shapes or --projections: suites are what they are")
     if args.m and args.shapes:
         raise UserError("--m goes with --projections: --shapes has its own")
-    of_models = {"layers": None, "seq": None, "quantize": None, "no_checkpointing": False}
-    for name, default in of_models.items():
-        if getattr(args, name) != default and not args.model:
-            raise UserError(f"--{name.replace('_', '-')} goes with --model")
+    for name in _LAYER_OPTIONS if args.model else _MODEL_OPTIONS:
+        if getattr(args, name):
+            goes = "does not go" if args.model else "goes"
+            raise UserError(f"--{name.replace('_', '-')} {goes} with --model")
+    for name in ("regimes", "launches"):
+        if getattr(args, name) and (args.cpu_time or args.memory):
+            raise UserError(f"--{name} does not go with --{'memory' if args.memory else 'cpu-time'}: it has none")
 
 
 def _providers(names: list[str], known: list[str]) -> tuple[str, ...]:

@@ -55,8 +55,8 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class ModelMeasurement:
-    """A provider's training step of a whole model, or the reason why it has no figure."""
+class Setting:
+    """A training step of a whole model, by whichever provider."""
 
     model: str
     layers: int
@@ -66,6 +66,12 @@ class ModelMeasurement:
     rank: int
     quantize: str | None
     checkpointing: bool
+
+
+@dataclass(frozen=True)
+class ModelMeasurement(Setting):
+    """A provider's training step, or the reason why it has no figure."""
+
     provider: str
     times: Times | None = None
     peak_bytes: int | None = None

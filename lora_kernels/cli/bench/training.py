@@ -13,27 +13,13 @@ from torch import Tensor, nn
 from lora_kernels.cli.bench.clock import Times, first_line
 from lora_kernels.cli.bench.models import MODEL_PROVIDERS, REFERENCE, Trained
 from lora_kernels.cli.bench.providers import Missing, WrongAnswer
-from lora_kernels.cli.bench.results import ModelMeasurement
+from lora_kernels.cli.bench.results import ModelMeasurement, Setting
 from lora_kernels.dispatch import BackendRefused
 from lora_kernels.selftest import failures
 
 # Two computations in bfloat16 differ by a few per cent after many layers; one that lacks a term, by about one.
 GRADIENT_LIMIT = 0.3
 _WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The step that is measured."""
-
-    model: str
-    layers: int
-    all_layers: int
-    batch: int
-    seq: int
-    rank: int
-    quantize: str | None
-    checkpointing: bool
 
 
 @dataclass
