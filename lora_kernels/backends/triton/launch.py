@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.backends import Precision, Scale, eager, tf32_allowed
+from lora_kernels.backends import Precision, Scale, tf32_allowed
 from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.direct import DirectKernel, direct_kernel
@@ -85,7 +85,7 @@ def one_pass(
     spin_limit: int = SPIN_LIMIT,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out = left weight + mask(S up) + bias and S = scale * mask(left) down, in one launch; in two with a mask on S up.
+    """out = left weight + mask(S up) + bias and S = scale * mask(left) down, in one launch.
 
     Args:
         left: [M, K] with contiguous rows.
@@ -99,33 +99,30 @@ def one_pass(
     (M, K), N, R = left.shape, weight.shape[1], down.shape[1]
     device, dtype = left.device, left.dtype
     out = torch.empty(M, N, dtype=dtype, device=device)
-    mask_out = dropout is not None and not mask_left
-    if mask_out:
-        # The kernel that masks S up does not compute S: docs/kernels.md says why.
-        _, s = eager.backward_input(left, None, None, down, scale, None, precision, want_dx=False)
-    else:
-        s = torch.empty(M, R, dtype=torch.float32 if precision == "split" else dtype, device=device)
+    s = torch.empty(M, R, dtype=torch.float32 if precision == "split" else dtype, device=device)
     if M == 0:
         return out, s
     w_is_nk = weight.stride(0) == 1
     stored_w = weight.T if w_is_nk else weight
     use_tma = fits_tma(left) and fits_tma(stored_w) and fits_tma(out)
+    mask_out = dropout is not None and not mask_left
     key = (device, dtype, precision, M, K, N, R, use_tma, mask_out, tiles, programs)
     plan = _one_pass_plans.get(key)
     if plan is None:
         chip = chip_of(device)
-        if mask_out and use_tma and R > 16:
-            # In tiles of 128 columns it was wrong at rank 512: docs/kernels.md, under "Traps".
-            chosen = tiles or shipped_tiles(chip, dtype.itemsize, use_tma, M, N, least_block_n=256)
-        else:
-            chosen = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
-        plan = plan_one_pass(M, K, N, R, precision, chosen, programs or chip.multiprocessors)
+        programs = programs or chip.multiprocessors
+        if mask_out and use_tma and tiles is None and rank_block(R, precision) > 16:
+            # In tiles of 128 columns, none of which shared S, it was wrong: docs/kernels.md, under "Traps".
+            tiles = shipped_tiles(chip, dtype.itemsize, True, M, N, least_block_n=256)
+            if not plan_one_pass(M, K, N, R, precision, tiles, programs).shares:
+                tiles = shipped_tiles(chip, dtype.itemsize, False, M, N)
+        chosen = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
+        plan = plan_one_pass(M, K, N, R, precision, chosen, programs)
         _remember(_one_pass_plans, key, plan)
     tiles = plan.tiles
-    workspace = torch.empty(0 if mask_out else plan.workspace_size, dtype=torch.float32, device=device)
+    workspace = torch.empty(plan.workspace_size, dtype=torch.float32, device=device)
     scale_tensor = scale if isinstance(scale, Tensor) else None
     seed = None if dropout is None else dropout.seed
-    shares = 0 if mask_out else plan.shares
     arguments = (
         left,
         stored_w,
@@ -140,13 +137,13 @@ def one_pass(
         scale_tensor,
         1.0 if scale_tensor is not None else float(scale),
         0 if dropout is None else dropout.threshold,
-        spin_limit if shares else 0,
+        spin_limit if plan.shares else 0,
         M,
         N,
         K,
         R,
         plan.k_parts,
-        shares,
+        plan.shares,
         left.stride(0),
         stored_w.stride(0),
         N,

@@ -23,8 +23,6 @@ kernels hold the multiprocessors.
 Where the rank has more chunks than the row block has tiles (a rank beyond N / 2), nothing is shared: `shares` and
 `spin_limit` are 0, and every tile computes S. One launch stays one launch.
 
-With a mask on S U (MASK_OUT) S is given, and none of this is compiled: docs/kernels.md says why.
-
 The last program to finish puts every count and flag back to zero, for the next launch on the stream or the next
 replay of the graph.
 """
@@ -241,18 +239,17 @@ def _finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr
         offs_n = left0 + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     stored = True
-    if not MASK_OUT:
-        if not all_stored:
-            stored = _all_ready(ready_ptr + pid_m, RANK_CHUNKS, spin_limit)
-            if not stored:
-                _compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R, k_tiles, k_parts, stride_xm,
-                           stride_dk, stride_dr, stride_sm, BLOCK_M, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, SPLIT, PRECISION,
-                           USE_TMA)  # fmt: skip
-                # The threads must meet between the stores and the loads of S. The result of an atomic reaches all of them
-                # through such a meeting, and always is what is asked here; a bare barrier would keep the compiler from
-                # pipelining the loop around it.
-                stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
-            all_stored = tl.atomic_add(total_ptr, 0, sem="acquire") == tl.cdiv(M, BLOCK_M) * RANK_CHUNKS
+    if not all_stored:
+        stored = _all_ready(ready_ptr + pid_m, RANK_CHUNKS, spin_limit)
+        if not stored:
+            _compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R, k_tiles, k_parts, stride_xm,
+                       stride_dk, stride_dr, stride_sm, BLOCK_M, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, SPLIT, PRECISION,
+                       USE_TMA)  # fmt: skip
+            # The threads must meet between the stores and the loads of S. The result of an atomic reaches all of them
+            # through such a meeting, and always is what is asked here; a bare barrier would keep the compiler from
+            # pipelining the loop around it.
+            stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
+        all_stored = tl.atomic_add(total_ptr, 0, sem="acquire") == tl.cdiv(M, BLOCK_M) * RANK_CHUNKS
     if MASK_OUT:
         # A quarter after the other: S U has to be masked before it is added, and that takes registers.
         QUARTER: tl.constexpr = HALF // 2
@@ -308,34 +305,33 @@ def one_pass_kernel(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32) * scale
 
+    # The sharing tiles.
     shared_tiles = row_tiles * shares
-    if not MASK_OUT:
-        # The sharing tiles.
-        for tile in tl.range(pid, shared_tiles, programs, num_stages=1):
-            pid_m, pid_n = tile // shares, tile % shares
-            row0, column0 = pid_m * BLOCK_M, pid_n * BLOCK_N
-            chunk, part = pid_n % RANK_CHUNKS, pid_n // RANK_CHUNKS
-            first, last = _part_bounds(part, k_parts, k_tiles)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            share = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for ki in tl.range(first, last):
-                x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
-                w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
-                acc = tl.dot(x, w, acc, input_precision=PRECISION)
-                share = _add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, seed_ptr,
-                                  threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
-            _publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part, RANK_CHUNKS,
-                     k_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
-            # The rest of K, from where the share ended and around.
-            for step in tl.range(last, first + k_tiles):
-                ki = tl.where(step < k_tiles, step, step - k_tiles)
-                x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
-                w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
-                acc = tl.dot(x, w, acc, input_precision=PRECISION)
-            _finish_tile(False, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, total_ptr,
-                         seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
-                         stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, MASK_OUT,
-                         HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+    for tile in tl.range(pid, shared_tiles, programs, num_stages=1):
+        pid_m, pid_n = tile // shares, tile % shares
+        row0, column0 = pid_m * BLOCK_M, pid_n * BLOCK_N
+        chunk, part = pid_n % RANK_CHUNKS, pid_n // RANK_CHUNKS
+        first, last = _part_bounds(part, k_parts, k_tiles)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        share = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for ki in tl.range(first, last):
+            x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
+            w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            share = _add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, seed_ptr,
+                              threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
+        _publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part, RANK_CHUNKS,
+                 k_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
+        # The rest of K, from where the share ended and around.
+        for step in tl.range(last, first + k_tiles):
+            ki = tl.where(step < k_tiles, step, step - k_tiles)
+            x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
+            w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        _finish_tile(False, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, total_ptr,
+                     seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
+                     stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, MASK_OUT,
+                     HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     # All others.
     tile = pid + tl.cdiv(tl.maximum(shared_tiles - pid, 0), programs) * programs
