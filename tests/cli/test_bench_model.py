@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,28 @@ def test_the_model_has_the_shape() -> None:
     assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in base.parameters())
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_4_bit_weights_are_those_of_the_dense_model() -> None:
+    """In a process of its own: bitsandbytes keeps the tables that it makes first."""
+    pytest.importorskip("bitsandbytes")
+    script = """
+import torch
+from lora_kernels import NF4Weight
+from lora_kernels.cli.bench.models import build
+from lora_kernels.cli.bench.shapes import TINY
+
+dense, small = (build(TINY, 1, 16, quantize, torch.device("cpu"), range(1)) for quantize in (None, "nf4"))
+assert torch.get_default_dtype() == torch.float32
+for name in TINY.projections:
+    path = ("self_attn." if hasattr(dense.model.layers[0].self_attn, name) else "mlp.") + name
+    weight = dense.model.layers[0].get_submodule(path).weight
+    stored = small.model.layers[0].get_submodule(path).weight
+    assert stored.quant_state.code.dtype == torch.float32
+    assert torch.equal(NF4Weight.from_bitsandbytes(stored).packed, NF4Weight.quantize(weight).packed), name
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_frozen_weights_are_shared_and_adapters_are_alike() -> None:

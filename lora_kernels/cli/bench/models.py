@@ -72,11 +72,13 @@ def build(
     torch.manual_seed(0)
     with torch.device(device), _default_dtype(DTYPE):
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=DTYPE)
-        for index in count:
+    for index in count:
+        with torch.device(device), _default_dtype(DTYPE):
             layer = LlamaDecoderLayer(model.config, index)
-            if quantize:
-                _quantize(layer)
-            model.model.layers.append(layer)
+        if quantize:
+            # bitsandbytes makes its code tables in the default dtype, once for all that follows in the process.
+            _quantize(layer)
+        model.model.layers.append(layer)
     model.config.num_hidden_layers = layers
     # What PEFT asks a model for, to choose its layers for bitsandbytes'.
     model.is_loaded_in_4bit = quantize is not None
@@ -102,8 +104,10 @@ def _quantize(layer: nn.Module) -> None:
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Trained:
