@@ -9,12 +9,8 @@ ARGS ?=
 
 .PHONY: test test-gpu lint finetune sanitize peft-suite bench
 
-# bitsandbytes' CPU quantizer is the oracle there, in a process of its own: once, after other tests, it gave other codes.
-ORACLE = tests/test_nf4_bitsandbytes.py
-
 test: $(VENV)/.done lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) tests --ignore $(ORACLE)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ORACLE)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) tests
 
 lint: $(VENV)/.done
 	$(VENV)/bin/ruff check lora_kernels tests bench

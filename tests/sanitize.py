@@ -14,7 +14,7 @@ CASES = [
     Case(200, 192, 136, 16, torch.bfloat16, dropout=0.3, bias=True),
     Case(130, 100, 70, 80, torch.float16, dropout=0.3),
     Case(130, 128, 72, 24, torch.bfloat16, adapter_dtype=torch.float32),
-    # Sizes of which none is even: once, that alone made the compiler's addresses wrong.
+    # Sizes of which none is even: other loads are compiled for them.
     Case(17, 63, 3, 9, torch.bfloat16, adapter_dtype=torch.float32, dropout=0.3),
     Case(65, 33, 20, 3, torch.float32),
 ]

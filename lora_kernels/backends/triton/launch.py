@@ -16,6 +16,7 @@ from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.direct import DirectKernel, direct_kernel
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.tiles import (
+    Chip,
     GradTiles,
     OnePassTiles,
     chip_of,
@@ -66,6 +67,21 @@ def plan_one_pass(
     return OnePassPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares)
 
 
+def plan_masked(
+    chip: Chip, itemsize: int, M: int, K: int, N: int, R: int, precision: Precision, programs: int
+) -> OnePassPlan:
+    """The plan with a mask on S U and a rank above 16, where TMA is used.
+
+    In tiles of 128 columns, none of which shared S, dx was wrong (docs/kernels.md, under "Traps"). Tiles of 256 were
+    right, and pointers where nothing is shared.
+    """
+    wide = shipped_tiles(chip, itemsize, True, M, N, least_block_n=256)
+    plan = plan_one_pass(M, K, N, R, precision, wide, programs)
+    if plan.shares:
+        return plan
+    return plan_one_pass(M, K, N, R, precision, shipped_tiles(chip, itemsize, False, M, N), programs)
+
+
 _one_pass_plans: dict[tuple[object, ...], OnePassPlan] = {}
 _direct_kernels: dict[tuple[object, ...], DirectKernel | None] = {}
 
@@ -110,15 +126,13 @@ def one_pass(
     plan = _one_pass_plans.get(key)
     if plan is None:
         chip = chip_of(device)
-        programs = programs or chip.multiprocessors
-        if mask_out and use_tma and tiles is None and rank_block(R, precision) > 16:
-            # In tiles of 128 columns, none of which shared S, it was wrong: docs/kernels.md, under "Traps".
-            tiles = shipped_tiles(chip, dtype.itemsize, True, M, N, least_block_n=256)
-            if not plan_one_pass(M, K, N, R, precision, tiles, programs).shares:
-                tiles = shipped_tiles(chip, dtype.itemsize, False, M, N)
-        chosen = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
-        plan = plan_one_pass(M, K, N, R, precision, chosen, programs)
-        _remember(_one_pass_plans, key, plan)
+        width = programs or chip.multiprocessors
+        if tiles is None and mask_out and use_tma and chip.has_tma and rank_block(R, precision) > 16:
+            plan = plan_masked(chip, dtype.itemsize, M, K, N, R, precision, width)
+        else:
+            chosen = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
+            plan = plan_one_pass(M, K, N, R, precision, chosen, width)
+        remember(_one_pass_plans, key, plan)
     tiles = plan.tiles
     workspace = torch.empty(plan.workspace_size, dtype=torch.float32, device=device)
     scale_tensor = scale if isinstance(scale, Tensor) else None
@@ -178,9 +192,9 @@ def one_pass(
     kind = (
         "one_pass", device, dtype, precision, K, N, R, tiles, w_is_nk, mask_out, left.stride(0), stored_w.stride(0),
         down.stride(), up.stride(), down.dtype, seed is None, None if scale_tensor is None else scale_tensor.dtype, bias is not None and bias.dtype,
-        _alignment(left, stored_w, down, up, bias),
+        alignment(left, stored_w, down, up, bias),
     )  # fmt: skip
-    _launch(one_pass_kernel, kind, (plan.programs, 1, 1), arguments, options, blocks)
+    launch_kernel(one_pass_kernel, kind, (plan.programs, 1, 1), arguments, options, blocks)
     return out, s
 
 
@@ -246,13 +260,13 @@ def adapter_grads(
     }
     kind = (
         "adapter_grads", device, dy.dtype, narrow.dtype, dtype, K, N, R, x_stride, dy.stride(0), want_a, want_b,
-        seed is None, tiles, _alignment(x, dy, t, s),
+        seed is None, tiles, alignment(x, dy, t, s),
     )  # fmt: skip
-    _launch(adapter_grads_kernel, kind, (blocks, parts, chunks), arguments, options, None)
+    launch_kernel(adapter_grads_kernel, kind, (blocks, parts, chunks), arguments, options, None)
     return dA, dB
 
 
-def _launch(
+def launch_kernel(
     kernel: Any,
     kind: tuple[object, ...],
     grid: tuple[int, int, int],
@@ -277,7 +291,7 @@ def _launch(
     else:
         compiled = kernel[grid](*arguments, **options)
     if kind not in _direct_kernels and arguments[1].is_cuda:
-        _remember(_direct_kernels, kind, direct_kernel(compiled))
+        remember(_direct_kernels, kind, direct_kernel(compiled))
 
 
 def _has_hooks() -> bool:
@@ -288,13 +302,13 @@ def _has_hooks() -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
-def _remember(memory: dict[tuple[object, ...], Any], key: tuple[object, ...], value: Any) -> None:
+def remember(memory: dict[tuple[object, ...], Any], key: tuple[object, ...], value: Any) -> None:
     if len(memory) >= _MOST_PLANS:
         memory.clear()
     memory[key] = value
 
 
-def _alignment(*tensors: Tensor | None) -> int:
+def alignment(*tensors: Tensor | None) -> int:
     """Which of the tensors do not start on 16 bytes, as bits: Triton compiles other loads for them."""
     bits = 0
     for t in tensors:

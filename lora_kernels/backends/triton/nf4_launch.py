@@ -56,9 +56,9 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, *, block: int = DEQUANTIZE
     }
     kind = (
         "dequantize", weight.device, dtype, weight.shape, weight.block_size, weight.double_quant, block,
-        words.dtype, launch._alignment(*weight.tensors()),
+        words.dtype, launch.alignment(*weight.tensors()),
     )  # fmt: skip
-    launch._launch(dequantize_kernel, kind, (triton.cdiv(out.numel(), block), 1, 1), arguments, options, None)
+    launch.launch_kernel(dequantize_kernel, kind, (triton.cdiv(out.numel(), block), 1, 1), arguments, options, None)
     return out
 
 
@@ -172,7 +172,7 @@ def product(
     if plan is None:
         chip = chip_of(device)
         plan = plan_product(chip, tiles or product_tiles(chip, M, forward), parts, M, L, C, R, precision)
-        launch._remember(_plans, key, plan)
+        launch.remember(_plans, key, plan)
     tiles = plan.tiles
     words = _words(weight.packed)
     seed = None if dropout is None else dropout.seed
@@ -227,9 +227,9 @@ def product(
     kind = (
         "nf4_product", device, dtype, precision, forward, N, K, R, weight.block_size, weight.double_quant, tiles, left.stride(0),
         down.stride(), up.stride(), down.dtype, seed is None, None if scale_tensor is None else scale_tensor.dtype,
-        bias is not None and bias.dtype, launch._alignment(left, *weight.tensors(), down, up, bias),
+        bias is not None and bias.dtype, launch.alignment(left, *weight.tensors(), down, up, bias),
     )  # fmt: skip
-    launch._launch(nf4_product_kernel, kind, (plan.programs, 1, 1), arguments, options, None)
+    launch.launch_kernel(nf4_product_kernel, kind, (plan.programs, 1, 1), arguments, options, None)
     return out, s
 
 
