@@ -18,13 +18,14 @@ constexpr int kGroupThreads = 128;
 
 // A unit is a cluster: one block, or two that take neighbouring row blocks and the same columns.
 struct Launch {
-  CUtensorMap x, weight, down, up, out;
+  CUtensorMap x, weight, down, up;
   OnePass problem;
   int cluster;
   int units;
   int row_units, column_tiles, k_steps;
   int rank_chunks, parts, steps_per_part;
   int shares;  // sharing tiles of a row unit: rank_chunks * parts
+  bool x_stays;  // in L2, while all row units' sharing tiles run
 
   // By half row blocks, what a warpgroup has to do with.
   uint4* fragments;  // [halves, 2 * rank_chunks, 128]: S as the first operand of a product, 16 ranks at a time
@@ -36,23 +37,26 @@ struct Launch {
 
 struct Tile {
   int row_unit, column;
-  int first_step;   // of K, from which it goes around
-  int share_steps;  // the first so many steps are also steps of a share: of this part of this chunk
+  int first_step;               // of K, from which it goes around
+  int share_begin, share_end;  // the steps, counted from there, that are also steps of a share: of this part of this chunk
   int chunk, part;
 };
 
-// The index-th tile. The sharing ones come first, then the others in groups of rows.
+// The index-th tile. The sharing ones come first, then the others in groups of rows. A sharing tile starts with its
+// share, so that S is known early; but where L2 does not hold X, all tiles of a row unit go through K in step, or each of
+// them would read X from memory on its own, all at once.
 __device__ inline Tile tile_at(const Launch& p, int index) {
   const int sharing = p.row_units * p.shares;
   if (index < sharing) {
     const int column = index % p.shares, part = column / p.rank_chunks;
     const int first = part * p.steps_per_part;
-    return {index / p.shares, column, first, min(p.steps_per_part, p.k_steps - first), column % p.rank_chunks, part};
+    const int steps = min(p.steps_per_part, p.k_steps - first), begin = p.x_stays ? 0 : first;
+    return {index / p.shares, column, first - begin, begin, begin + steps, column % p.rank_chunks, part};
   }
   const int columns = p.column_tiles - p.shares;
   const int group = (index - sharing) / (kGroupRows * columns), within = (index - sharing) % (kGroupRows * columns);
   const int first_row = group * kGroupRows, rows = min(p.row_units - first_row, kGroupRows);
-  return {first_row + within % rows, p.shares + within / rows, 0, 0, 0, 0};
+  return {first_row + within % rows, p.shares + within / rows, 0, 0, 0, 0, 0};
 }
 
 }  // namespace lora_kernels::hopper

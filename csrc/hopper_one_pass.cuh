@@ -68,19 +68,36 @@ __device__ inline void multiply_d(float (&share)[16], const Ring<C>& ring, const
   }
 }
 
-// The steps of a tile that are also steps of its share, and the share's handing over.
+// Steps of X W alone. The products of the last one are still under way at the end; `before` is their stage.
 template <class C>
-__device__ inline void share_steps(float (&acc)[C::kBlockN / 2], Ring<C>& ring, const Launch& p, const Tile& tile,
-                                   int half, const Group& group) {
+__device__ inline void plain_steps(float (&acc)[C::kBlockN / 2], Ring<C>& ring, Ring<C>& before, const Launch& p,
+                                   int begin, int end, const Group& group) {
+  for (int step = begin; step < end; ++step) {
+    barrier_wait(ring.full(), ring.phase, "full, of X and W");
+    wgmma_fence();
+    multiply_w(acc, ring, group, step == 0);
+    wgmma_commit();
+    // The products of the stage before this one are done, those of this one go on.
+    wgmma_wait<1>();
+    if (step > begin) before.release(p.cluster, group.lane());
+    before = ring;
+    ring.next();
+  }
+}
+
+// The steps of a tile that are also steps of its share, and the share's handing over. `before` is the stage of the step
+// before them, if there is one.
+template <class C>
+__device__ inline void share_steps(float (&acc)[C::kBlockN / 2], Ring<C>& ring, Ring<C>& before, const Launch& p,
+                                   const Tile& tile, int half, const Group& group) {
   float share[16];
-  Ring<C> before = ring;
-  for (int step = 0; step < tile.share_steps; ++step) {
+  for (int step = tile.share_begin; step < tile.share_end; ++step) {
     barrier_wait(ring.full(), ring.phase, "full, of a share");
     wgmma_fence();
     multiply_w(acc, ring, group, step == 0);
     // A masked share's fragments are made while the products of X W go on.
     if constexpr (C::kMaskX) wgmma_commit();
-    multiply_d(share, ring, p, half * kHalfM, (tile.first_step + step) * kBlockK, step == 0, group);
+    multiply_d(share, ring, p, half * kHalfM, (tile.first_step + step) * kBlockK, step == tile.share_begin, group);
     wgmma_commit();
     if constexpr (C::kMaskX) {
       // The fragments' registers are written again in the next step.
@@ -176,42 +193,54 @@ __device__ inline void add_step(float (&acc)[C::kBlockN / 2], Ring<C>& ring, uin
   ring.next();
 }
 
-// Adds the bias, rounds, and sends the group's part of the tile off through shared memory.
 template <class C>
-__device__ inline void store_tile(const float (&acc)[C::kBlockN / 2], const Launch& p, int row0, int column0,
+__device__ inline void add_bias(float (&acc)[C::kBlockN / 2], const OnePass& problem, int column0, int lane) {
+#pragma unroll
+  for (int eight = 0; eight < C::kBlockN / 8; ++eight) {
+    const int column = column0 + eight * 8 + lane % 4 * 2;
+    if (column >= problem.N) break;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float bias = load_number(problem.bias, problem.bias_dtype, column + i);
+      acc[eight * 4 + i] += bias;
+      acc[eight * 4 + 2 + i] += bias;
+    }
+  }
+}
+
+// Adds the bias, rounds, and writes the group's part of the tile: 16 rows of 64 columns at a time, through shared memory
+// of the warp's own, so that whole lines are written. Stores of the warp wait for nothing; TMA's would, for the one before
+// to have read that memory.
+template <class C>
+__device__ inline void store_tile(float (&acc)[C::kBlockN / 2], const Launch& p, int row0, int column0,
                                   const Group& group) {
   using T = typename C::T;
   const OnePass& problem = p.problem;
   const int lane = group.lane(), warp = group.warp();
+  if (problem.bias != nullptr) add_bias<C>(acc, problem, column0, lane);
   const int row = lane % 8 + lane / 8 % 2 * 8;
   const uint32_t staging = group.staging + warp * C::kStagingBytes;
+  T* out = static_cast<T*>(problem.out);
 #pragma unroll
   for (int block = 0; block < C::kBlockN / 64; ++block) {
-    const int column = column0 + block * 64;
-    if (column >= problem.N) break;
-    float bias[2] = {};  // of the lane's two columns of the 64
-    if (problem.bias != nullptr && column + 2 * lane < problem.N) {
-      bias[0] = load_number(problem.bias, problem.bias_dtype, column + 2 * lane);
-      bias[1] = load_number(problem.bias, problem.bias_dtype, column + 2 * lane + 1);
-    }
-    if (lane == 0) tma_stores_read();
-    __syncwarp();
+    const int column = column0 + block * 64 + lane % 8 * 8;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       const float* from = acc + block * 32 + pair * 8;
-      float add[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) add[i] = __shfl_sync(0xFFFFFFFFu, bias[i % 2], pair * 8 + i / 2 * 4 + lane % 4);
       uint32_t fragment[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        fragment[i] = pack<T>(from[2 * i] + add[i / 2 * 2], from[2 * i + 1] + add[i / 2 * 2 + 1]);
-      }
+      for (int i = 0; i < 4; ++i) fragment[i] = pack<T>(from[2 * i], from[2 * i + 1]);
       store_fragment(staging + row * 128 + ((2 * pair + lane / 16) ^ (row % 8)) * 16, fragment);
     }
-    fence_async_proxy();
     __syncwarp();
-    if (lane == 0) tma_store(p.out, staging, column, row0 + warp * 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int within = i * 4 + lane / 8;
+      const int64_t m = row0 + warp * 16 + within;
+      const uint4 eight = load_shared(staging + within * 128 + ((lane % 8) ^ (within % 8)) * 16);
+      if (m < problem.M && column < problem.N) *reinterpret_cast<uint4*>(out + m * problem.N + column) = eight;
+    }
+    __syncwarp();
   }
 }
 
@@ -227,33 +256,25 @@ __device__ inline void multiply(const Launch& p, Ring<C> ring, int unit, int ran
     keep_in_place(acc);
     const int half = 2 * (tile.row_unit * p.cluster + rank) + group.index;
     const int row0 = half * kHalfM, column0 = tile.column * C::kBlockN;
-    if (tile.share_steps > 0) share_steps(acc, ring, p, tile, half, group);
+    Ring<C> before = ring;
+    if (tile.share_end > 0) {
+      plain_steps(acc, ring, before, p, 0, tile.share_begin, group);
+      share_steps(acc, ring, before, p, tile, half, group);
+    }
     // Before the main loop, where S is known to be there: its products then follow those of the last stage at once.
     uint32_t s[4][4];
     if (all_stored) load_s(s, p, half, 0, group);
-    Ring<C> before = ring;
-    for (int step = tile.share_steps; step < p.k_steps; ++step) {
-      barrier_wait(ring.full(), ring.phase, "full, of X and W");
-      wgmma_fence();
-      multiply_w(acc, ring, group, step == 0);
-      wgmma_commit();
-      // The products of the stage before this one are done, those of this one go on.
-      wgmma_wait<1>();
-      if (step > tile.share_steps) before.release(p.cluster, group.lane());
-      before = ring;
-      ring.next();
-    }
+    plain_steps(acc, ring, before, p, tile.share_end, p.k_steps, group);
     int rank0 = 0;
     if (!C::kMaskOut && all_stored) {
       add_step<C>(acc, ring, s, p, half, rank0, column0, group);
       rank0 += kRankStep;
-      if (p.k_steps > tile.share_steps) before.release(p.cluster, group.lane());
+      if (p.k_steps > tile.share_end) before.release(p.cluster, group.lane());
     } else {
       wgmma_wait<0>();
       keep_in_place(acc);
-      if (p.k_steps > tile.share_steps) before.release(p.cluster, group.lane());
+      if (p.k_steps > tile.share_end) before.release(p.cluster, group.lane());
       if (!all_stored) {
-        if (group.lane() == 0) tma_stores_read();
         all_stored = wait_for_s<typename C::T, C::kMaskX>(p, half, group);
         load_s(s, p, half, 0, group);
       }
@@ -264,7 +285,6 @@ __device__ inline void multiply(const Launch& p, Ring<C> ring, int unit, int ran
     }
     store_tile<C>(acc, p, row0, column0, group);
   }
-  if (group.lane() == 0) tma_stores_done();
 }
 
 // The last block to finish leaves the counters as it found them.

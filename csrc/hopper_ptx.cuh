@@ -129,18 +129,6 @@ __device__ inline void tma_load_multicast(uint32_t to, const CUtensorMap& map, u
       : "memory");
 }
 
-__device__ inline void tma_store(const CUtensorMap& map, uint32_t from, int column, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map), "r"(from),
-               "r"(column), "r"(row)
-               : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// Until the stores of this thread have read their shared memory.
-__device__ inline void tma_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
-__device__ inline void tma_stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
 __device__ inline void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
@@ -163,6 +151,15 @@ __device__ inline void store_fragment(uint32_t address, const uint32_t (&fragmen
                : "memory");
 }
 
+__device__ inline uint4 load_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 // ---------------------------------------------------------------------------------------------------- counters
 
 __device__ inline int load_acquire(const int* address) {
@@ -175,6 +172,11 @@ __device__ inline int add_acquire_release(int* address, int value) {
   int old;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
   return old;
+}
+
+// What this thread wrote, and what others wrote before they met it at a barrier, is seen by who acquires the new value.
+__device__ inline void add_release(int* address, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 __device__ inline int or_acquire_release(int* address, int bits) {

@@ -97,7 +97,7 @@ __device__ inline void produce(const Launch& p, Ring<C> ring, int unit, int rank
     for (int step = 0; step < p.k_steps; ++step) {
       const int ahead = tile.first_step + step;
       const int k0 = (ahead < p.k_steps ? ahead : ahead - p.k_steps) * kBlockK;
-      const bool sharing = step < tile.share_steps;
+      const bool sharing = step >= tile.share_begin && step < tile.share_end;
       barrier_wait(ring.empty(), ring.phase ^ 1, "empty, for X and W");
       barrier_expect(ring.full(), C::kXBytes + C::kWBytes + (sharing ? C::kDBytes : 0));
       tma_load(ring.x(), p.x, ring.full(), k0, row0);

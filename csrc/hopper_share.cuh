@@ -137,7 +137,6 @@ __device__ inline void publish_share(const Launch& p, const float (&share)[16], 
   group.meet();
   bool last = false;
   if (group.thread == 0) {
-    __threadfence();
     const int all = (1 << p.parts) - 1;
     const int before = or_acquire_release(arrived_bits(p, half, chunk), 1 << part);
     last = before != all && (before | 1 << part) == all;
@@ -146,9 +145,8 @@ __device__ inline void publish_share(const Launch& p, const float (&share)[16], 
     finish_chunk<T>(p, half, chunk, group);
     group.meet();
     if (group.thread == 0) {
-      __threadfence();
-      add_acquire_release(ready_count(p, half), 1);
-      add_acquire_release(total_count(p), 1);
+      add_release(ready_count(p, half), 1);
+      add_release(total_count(p), 1);
     }
   }
 }
@@ -211,8 +209,7 @@ __device__ inline void compute_share(const Launch& p, float (&share)[16], int ha
 // Looks that a warpgroup has at a flag before it does the work of those it waits for.
 constexpr int kLooks = 300;
 
-// Returns when S of the half row block is stored: whether it then is of all of them. The group's TMA stores must have
-// read their shared memory.
+// Returns when S of the half row block is stored: whether it then is of all of them.
 template <class T, bool MASK_X>
 __device__ inline bool wait_for_s(const Launch& p, int half, const Group& group) {
   bool ready = false, all = false;

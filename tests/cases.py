@@ -93,6 +93,9 @@ _LARGE = [
     (4096, 1024, 256, 100),
     (129, 64, 64, 512),
     (20000, 256, 264, 16),
+    (500, 512, 768, 32),
+    # x, and dy, of more than L2 holds: sharing tiles go through K in another order.
+    (8192, 2048, 2056, 16),
 ]
 
 

@@ -11,6 +11,7 @@ from cases import HAS_GPU, Case
 from graphs import captured
 
 from lora_kernels import LoRALinear, lora_linear
+from lora_kernels.backends.triton.tiles import _HOPPER, _POINTERS, OnePassTiles, chip_of, one_pass_tiles
 from lora_kernels.dropout import Dropout, keep_mask
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +23,6 @@ if HAS_GPU:
     from lora_kernels.backends import sync
     from lora_kernels.backends.triton import launch
     from lora_kernels.backends.triton.one_pass import one_pass_kernel
-    from lora_kernels.backends.triton.tiles import chip_of, one_pass_tiles
 
     @triton.jit
     def hold_multiprocessors(flag_ptr, limit):
@@ -52,16 +52,18 @@ def test_a_tile_that_cannot_wait_computes_the_same_bits(case: Case) -> None:
             assert torch.equal(value, want)
 
 
-@pytest.mark.parametrize("rank", [16, 64, 512])
-@pytest.mark.parametrize("sizes", [(129, 64, 64), (300, 768, 1000), (500, 512, 768), (2048, 1024, 4096)], ids=str)
-def test_a_masked_branch_is_right_at_every_rank(sizes: tuple[int, int, int], rank: int) -> None:
-    M, K, N = sizes
+@pytest.mark.parametrize("rank", [16, 20, 32, 64, 512])
+@pytest.mark.parametrize("tiles", [*_HOPPER, *_POINTERS], ids=lambda t: f"{t.block_m}x{t.block_n}-tma{t.use_tma}")
+def test_a_masked_branch_is_right_in_all_tiles_at_every_rank(tiles: OnePassTiles, rank: int) -> None:
+    if tiles.use_tma and not chip_of(torch.device("cuda", 0)).has_tma:
+        pytest.skip("tiles of another chip")
+    M, K, N = 300, 768, 1000
     t = Case(M, K, N, rank, torch.bfloat16).tensors(torch.device("cuda", 0))
     dropout = Dropout.draw(0.3, t.dy.device)
     assert dropout is not None
     mask, d = keep_mask(dropout.seed, M, K, 0.3), t.double()
     exact = d.dy @ d.weight + 2.0 * torch.where(mask, (d.dy @ d.lora_B) @ d.lora_A, 0.0)
-    dx, _ = launch.one_pass(t.dy, t.weight, t.lora_B, t.lora_A, None, 2.0, dropout, False, "native")
+    dx, _ = launch.one_pass(t.dy, t.weight, t.lora_B, t.lora_A, None, 2.0, dropout, False, "native", tiles=tiles)
     assert float((dx.double() - exact).norm() / exact.norm()) < 5e-3
 
 

@@ -45,6 +45,11 @@ from lora_kernels.backends.triton.tiles import MAX_PARTS as _MAX_PARTS
 
 # The most parts that a chunk of S is summed from.
 MAX_PARTS = tl.constexpr(_MAX_PARTS)
+# Of X, for which L2 is a cache. An H100's is two halves of 25 MB, each of which has its own copies.
+BYTES_THAT_STAY = tl.constexpr(24 << 20)
+# Columns of S U that are masked at once. More would not fit into the registers; with 32, dx was wrong on an H100 at every
+# rank above 16 (docs/kernels.md, under "Traps").
+MASKED_COLUMNS = tl.constexpr(64)
 
 
 @triton.jit
@@ -251,20 +256,26 @@ def _finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr
             stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
         all_stored = tl.atomic_add(total_ptr, 0, sem="acquire") == tl.cdiv(M, BLOCK_M) * RANK_CHUNKS
     if MASK_OUT:
-        # A quarter after the other: S U has to be masked before it is added, and that takes registers.
-        QUARTER: tl.constexpr = HALF // 2
+        if HALF < MASKED_COLUMNS:
+            acc = _add_masked_up(acc, stored, pid_m, left0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur, stride_un,
+                                 stride_sm, BLOCK_M, BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         for side in tl.static_range(2):
             half = left if side == 0 else right
             half0 = left0 + side * HALF
-            first, second = _halves(half, BLOCK_M, HALF)
-            first = _add_masked_up(first, stored, pid_m, half0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur,
-                                   stride_un, stride_sm, BLOCK_M, QUARTER, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
-                                   DTYPE)  # fmt: skip
-            second = _add_masked_up(second, stored, pid_m, half0 + QUARTER, up_ptr, s_ptr, seed_ptr, threshold, M, N, R,
-                                    stride_ur, stride_un, stride_sm, BLOCK_M, QUARTER, BLOCK_R, RANK_CHUNKS, SPLIT,
-                                    PRECISION, DTYPE)  # fmt: skip
-            half = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (BLOCK_M, HALF))
+            if HALF > MASKED_COLUMNS:
+                first, second = _halves(half, BLOCK_M, HALF)
+                first = _add_masked_up(first, stored, pid_m, half0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur,
+                                       stride_un, stride_sm, BLOCK_M, HALF // 2, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
+                                       DTYPE)  # fmt: skip
+                second = _add_masked_up(second, stored, pid_m, half0 + HALF // 2, up_ptr, s_ptr, seed_ptr, threshold, M, N,
+                                        R, stride_ur, stride_un, stride_sm, BLOCK_M, HALF // 2, BLOCK_R, RANK_CHUNKS,
+                                        SPLIT, PRECISION, DTYPE)  # fmt: skip
+                half = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (BLOCK_M, HALF))
+            elif HALF == MASKED_COLUMNS:
+                half = _add_masked_up(half, stored, pid_m, half0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur,
+                                      stride_un, stride_sm, BLOCK_M, HALF, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
+                                      DTYPE)  # fmt: skip
             store_tile(out_ref, stride_om, row0, half0, M, N, half.to(DTYPE), BLOCK_M, HALF, USE_TMA)
     else:
         for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
@@ -312,7 +323,14 @@ def one_pass_kernel(
         row0, column0 = pid_m * BLOCK_M, pid_n * BLOCK_N
         chunk, part = pid_n % RANK_CHUNKS, pid_n // RANK_CHUNKS
         first, last = _part_bounds(part, k_parts, k_tiles)
+        # A tile starts with its share, so that S is known early. But where L2 does not hold X, all sharing tiles of a row
+        # block go through K in step, or each of them would read X from memory on its own, all at once.
+        lead = tl.where(M.to(tl.int64) * K * 2 <= BYTES_THAT_STAY, 0, first)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for ki in tl.range(0, lead):
+            x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
+            w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
         share = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for ki in tl.range(first, last):
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
@@ -322,8 +340,8 @@ def one_pass_kernel(
                               threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
         _publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part, RANK_CHUNKS,
                  k_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
-        # The rest of K, from where the share ended and around.
-        for step in tl.range(last, first + k_tiles):
+        # The rest of K, from where the share ended and, if it came first, around.
+        for step in tl.range(last, k_tiles + first - lead):
             ki = tl.where(step < k_tiles, step, step - k_tiles)
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
             w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
