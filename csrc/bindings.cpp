@@ -121,8 +121,10 @@ std::tuple<Tensor, Tensor> one_pass(const Tensor& x, const MaybeTensor& weight, 
   } else {
     const Nf4 packed = nf4_of(*nf4);
     if (forward && lora_kernels::nf4_forward_fits(problem, packed)) {
-      const Tensor workspace = floats(x, lora_kernels::one_pass_workspace(problem));
-      lora_kernels::nf4_forward(problem, packed, workspace.mutable_data_ptr<float>(), stream);
+      TORCH_CHECK(zeros.numel() >= lora_kernels::nf4_forward_counters(problem, packed), "too few counters");
+      const Tensor workspace = floats(x, lora_kernels::nf4_forward_workspace(problem, packed));
+      lora_kernels::nf4_forward(problem, packed, workspace.mutable_data_ptr<float>(), zeros.mutable_data_ptr<int>(),
+                                stream);
       return {out, s};
     }
     const Tensor stored = at::empty({packed.rows, packed.columns}, x.options());

@@ -27,10 +27,12 @@ void adapter_grads(const AdapterGrads& problem, float* workspace, int* counters,
 // The weight in float32 or rounded to 16 bits: [rows, columns], contiguous.
 void dequantize(const Nf4& weight, DType dtype, void* out, cudaStream_t stream);
 
-// Both lines of OnePass, forward, for few tokens: X W^T from the packed weight, whose bytes are read once for every 16
-// tokens. Not looked at: the problem's own weight.
+// Both lines of OnePass, forward, for few tokens: X W^T from the packed weight. Not looked at: the problem's own weight.
+// It counts as adapter_grads does.
 bool nf4_forward_fits(const OnePass& problem, const Nf4& weight);
-void nf4_forward(const OnePass& problem, const Nf4& weight, float* workspace, cudaStream_t stream);
+int nf4_forward_counters(const OnePass& problem, const Nf4& weight);
+int64_t nf4_forward_workspace(const OnePass& problem, const Nf4& weight);
+void nf4_forward(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, cudaStream_t stream);
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {

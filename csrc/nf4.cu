@@ -1,11 +1,14 @@
 #include "nf4.cuh"
 
+#include <algorithm>
+
 #include "launch.cuh"
+#include "nf4_stream.h"
 
 namespace lora_kernels {
 namespace {
 
-// Beyond, one pass over the weight that decodes it, and a dense product, take less time.
+// Of a weight that does not stream. Beyond, one pass over it that decodes it, and a dense product, take less time.
 constexpr int64_t kMostTokens = 3 * nf4_tile::kTokens;
 
 // Block sizes are powers of two.
@@ -55,13 +58,26 @@ void dequantize(const Nf4& weight, DType dtype, void* out, cudaStream_t stream) 
 }
 
 bool nf4_forward_fits(const OnePass& problem, const Nf4& weight) {
+  if (nf4_stream_fits(problem, weight)) return true;
   // A lane's codes may not lie in two rows, nor start off 16 bytes.
   return problem.dtype != DType::kFloat32 && problem.M <= kMostTokens && problem.K % nf4_tile::kLaneCodes == 0 &&
          starts_on_16_bytes(weight.packed, 0, 1) && starts_on_16_bytes(problem.x.data, problem.x.row_stride, 2);
 }
 
-void nf4_forward(const OnePass& problem, const Nf4& weight, float* workspace, cudaStream_t stream) {
-  adapter_down(problem, workspace, stream);
+int nf4_forward_counters(const OnePass& problem, const Nf4& weight) {
+  return nf4_stream_fits(problem, weight) ? nf4_stream_counters(problem) : 0;
+}
+
+int64_t nf4_forward_workspace(const OnePass& problem, const Nf4& weight) {
+  const int64_t streams = nf4_stream_fits(problem, weight) ? nf4_stream_workspace(problem) : 0;
+  return std::max(streams, one_pass_workspace(problem));
+}
+
+void nf4_forward(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, cudaStream_t stream) {
+  const bool streams = nf4_stream_fits(problem, weight);
+  // Products that round S to 16 bits are a part of the streaming kernel.
+  if (!streams || problem.precision == Precision::kSplit) adapter_down(problem, workspace, stream);
+  if (streams) return nf4_stream(problem, weight, workspace, counters, stream);
   if (problem.dtype == DType::kFloat16) {
     launch_by_shape<half>(problem, weight, stream);
   } else {

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kernels.dispatch import use_backend
 from lora_kernels.functional import explain, lora_linear
+from lora_kernels.gated_mlp import explain_gated_mlp, lora_gated_mlp
+from lora_kernels.group import GroupMember, explain_group, lora_linear_group
 from lora_kernels.modules import LoRALinear
 from lora_kernels.nf4 import NF4Weight
 from lora_kernels.reference import lora_linear_reference
@@ -18,11 +20,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "GroupMember",
     "LoRALinear",
     "NF4Weight",
     "apply_lora_kernels",
     "explain",
+    "explain_gated_mlp",
+    "explain_group",
+    "lora_gated_mlp",
     "lora_linear",
+    "lora_linear_group",
     "lora_linear_reference",
     "patch_peft",
     "revert_lora_kernels",

@@ -127,15 +127,20 @@ def backward(
                 needs.x,
             )
         if needs.lora_A or needs.lora_B:
-            dA, dB = backend.backward_adapters(
-                saved.x, dy, saved.s, t if needs.lora_A else None, dropout, adapter_dtype
-            )
+            # Hooks for saved tensors may have brought them back with other strides.
+            x = None if saved.x is None else as_rows(saved.x)
+            s = None if saved.s is None else saved.s.contiguous()
+            dA, dB = backend.backward_adapters(x, dy, s, t if needs.lora_A else None, dropout, adapter_dtype)
         db = dy.sum(0, dtype=bias_dtype) if needs.bias else None
     return dx, dA, dB, db
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """y = x W^T + scaling * (D(x) A^T) B^T + b on a two-dimensional x; never a gradient for the weight."""
+    """y = x W^T + scaling * (D(x) A^T) B^T + b; never a gradient for the weight.
+
+    x is contiguous, or two-dimensional with contiguous rows. csrc/host/backward.h is the same node in C++, for calls
+    whose launches are known.
+    """
 
     @staticmethod
     def forward(
@@ -152,7 +157,8 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         wanted = ctx.needs_input_grad
         needs = Needs(wanted[0], wanted[2], wanted[3], wanted[4])
-        y, s = forward(backend, x, weight, lora_A, lora_B, bias, scale, dropout, precision, needs.lora_B)
+        rows, shape = as_matrix(x), x.shape
+        y, s = forward(backend, rows, weight, lora_A, lora_B, bias, scale, dropout, precision, needs.lora_B)
         # A tensor on ctx itself would escape autograd's check that nobody changed it in place.
         number, scale_tensor = split_scale(scale)
         p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
@@ -161,15 +167,30 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.needs = backend, needs
         ctx.constants = (number, p, precision, lora_A.dtype, None if bias is None else bias.dtype)
-        return y
+        # A view that a Function returns could not be changed in place.
+        return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 9
-        dx, dA, dB, db = backward(ctx.backend, ctx.needs, Saved.of(ctx.saved_tensors, ctx.form), dy, *ctx.constants)
+        saved = Saved.of(ctx.saved_tensors, ctx.form)
+        dx, dA, dB, db = backward_of(ctx.backend, ctx.needs, saved, dy, *ctx.constants)
         return dx, None, dA, dB, db, None, None, None, None
+
+
+def backward_of(
+    backend: Backend, needs: Needs, saved: Saved, dy: Tensor, *constants: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`backward` of dy and x with any number of leading dimensions, which dx has too."""
+    leading = dy.shape[:-1]
+    if len(leading) == 1:
+        return backward(backend, needs, saved, dy, *constants)
+    if saved.x is not None:
+        saved = saved._replace(x=as_matrix(saved.x))
+    dx, dA, dB, db = backward(backend, needs, saved, as_matrix(dy), *constants)
+    return None if dx is None else dx.view(*leading, dx.shape[1]), dA, dB, db
 
 
 def rebuilt(tensors: Sequence[Tensor], form: Form) -> NF4Weight:
@@ -183,6 +204,12 @@ def rebuilt(tensors: Sequence[Tensor], form: Form) -> NF4Weight:
 def split_scale(scale: Scale) -> tuple[float, Tensor | None]:
     """The scale as a number and a tensor; the number is 1 where it is a tensor."""
     return (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """`t` with its leading dimensions in one."""
+    # Not reshape(-1, K), which has no answer where K is 0.
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def as_rows(t: Tensor) -> Tensor:

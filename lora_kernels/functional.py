@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.autograd import LoRALinearFunction, as_rows, forward
+from lora_kernels import native
+from lora_kernels.autograd import LoRALinearFunction, as_matrix, as_rows, forward
 from lora_kernels.backends import BASE_DTYPES, MAX_RANK, Precision, Problem, Scale, tf32_allowed
 from lora_kernels.dispatch import BackendName, Choice, choose, requested
 from lora_kernels.dropout import Dropout, inverse_keep
@@ -61,6 +62,14 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
     """
     compiling = torch.compiler.is_compiling()
+    learn = not compiling and native.enabled
+    if learn and native.linear is not None:
+        name = requested(None) if backend is None else backend
+        y = native.linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, name)
+        if isinstance(y, Tensor):
+            return y
+        learn = y is None
+    given = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, training)
     _require(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     x, weight, lora_A, lora_B, bias, precision = _unify_dtypes(x, weight, lora_A, lora_B, bias)
     name = requested(backend)
@@ -71,20 +80,25 @@ def lora_linear(
     p = float(dropout_p) if training else 0.0
     scale = _scale(scaling, p)
     dropout = Dropout.draw(p, x.device)
-    shape = x.shape
-    # Not reshape(-1, K), which has no answer where K is 0.
-    rows = as_rows(x if x.dim() == 2 else x.reshape(shape[:-1].numel(), shape[-1]))
+    leading = x.shape[:-1]
+    if x.dim() != 2 and (compiling or not x.is_contiguous()):
+        x = as_matrix(x)
+    if x.dim() == 2:
+        x = as_rows(x)
     if compiling:
         from lora_kernels.compiled import apply
 
-        y = apply(rows, weight, lora_A, lora_B, bias, scale, dropout, precision, name)
+        y = apply(x, weight, lora_A, lora_B, bias, scale, dropout, precision, name)
     elif torch.is_grad_enabled():
         y = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
-            rows, weight, lora_A, lora_B, bias, scale, dropout, precision, choice.backend
+            x, weight, lora_A, lora_B, bias, scale, dropout, precision, choice.backend
         )
     else:
+        rows = as_matrix(x)
         y, _ = forward(choice.backend, rows, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s=False)
-    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[1])
+    if learn:
+        native.learn(given, name, choice.backend, x, precision, scale, dropout)
+    return y if y.dim() == len(leading) + 1 else y.view(*leading, y.shape[-1])
 
 
 def explain(

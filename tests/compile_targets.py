@@ -22,12 +22,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
+from lora_kernels.backends.triton.group_forward import group_forward_kernel
+from lora_kernels.backends.triton.group_grads import group_grads_kernel
+from lora_kernels.backends.triton.group_input import group_input_kernel
+from lora_kernels.backends.triton.group_launch import MOST_MEMBERS
+from lora_kernels.backends.triton.group_operands import up_block
 from lora_kernels.backends.triton.nf4 import dequantize_kernel
 from lora_kernels.backends.triton.nf4_launch import DEQUANTIZE_BLOCK
 from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
 from lora_kernels.backends.triton.nf4_tiles import NF4Tiles, fly_table
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
-from lora_kernels.backends.triton.tiles import Chip, GradTiles, OnePassTiles, candidates, grad_tiles, rank_block
+from lora_kernels.backends.triton.tiles import (
+    Chip,
+    GradTiles,
+    OnePassTiles,
+    candidates,
+    grad_tiles,
+    group_grad_tiles,
+    rank_block,
+)
 
 # Compute capability -> bytes of shared memory that a block can have.
 CHIPS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
@@ -37,6 +50,9 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNELS = {
     "one_pass": one_pass_kernel,
     "adapter_grads": adapter_grads_kernel,
+    "group_forward": group_forward_kernel,
+    "group_input": group_input_kernel,
+    "group_grads": group_grads_kernel,
     "nf4_product": nf4_product_kernel,
     "dequantize": dequantize_kernel,
 }
@@ -63,10 +79,13 @@ class Build:
     split: bool = False
     rank: int = 16
     aligned: bool = True
+    members: int = 1
 
     def __str__(self) -> str:
         tiles = "x".join(str(v) for k, v in asdict(self.tiles).items() if k.startswith("block"))
         flags = [k for k in ("forward", "masked", "split", "aligned") if getattr(self, k)]
+        if self.members > 1:
+            flags.append(f"{self.members} members")
         return " ".join([f"sm_{self.capability}", self.kernel, tiles, f"r{self.rank}", *flags])
 
 
@@ -82,8 +101,14 @@ def builds() -> Iterator[Build]:
                 yield replace(plain, split=True)
                 if not tiles.use_tma:
                     yield replace(plain, split=True, aligned=False)
+                # Compiling takes its time, and the pointer path of 89 is that of 86, that of 90 the one of 80 and 100.
+                if tiles.use_tma or capability not in (89, 90):
+                    yield from group_builds(plain)
         for split in (False, True):
             yield Build(capability, "adapter_grads", grad_tiles(chip, 2), masked=split, split=split, rank=64)
+        for masked, rank in ((False, 16), (True, 64)):
+            three = group_grad_tiles(chip, 2, MOST_MEMBERS * rank, masked)
+            yield Build(capability, "group_grads", three, masked=masked, rank=rank, members=MOST_MEMBERS)
         for forward in (True, False):
             for nf4_tiles in fly_table(chip, forward).tiles:
                 plain = Build(capability, "nf4_product", nf4_tiles, forward)
@@ -94,18 +119,38 @@ def builds() -> Iterator[Build]:
         yield Build(capability, "dequantize", DequantizeBlock(), aligned=False)
 
 
+def group_builds(single: Build) -> Iterator[Build]:
+    """A group's kernel in the tiles of a single one. The flat loop (TMA) is where products could be serialized."""
+    tiles = single.tiles
+    assert isinstance(tiles, OnePassTiles)
+    plain = replace(single, kernel="group_forward" if single.forward else "group_input", members=MOST_MEMBERS)
+    yield plain
+    if not tiles.use_tma:
+        return
+    yield replace(plain, masked=True, rank=64)
+    if not single.forward:
+        if tiles.block_n == 256:
+            yield replace(plain, members=2)
+        yield replace(plain, rank=64)
+        yield replace(plain, split=True)
+
+
 def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
     kernel = KERNELS[build.kernel]
     arguments = {
         "one_pass": _one_pass,
         "adapter_grads": _adapter_grads,
+        "group_forward": _group,
+        "group_input": _group,
+        "group_grads": _group_grads,
         "nf4_product": _nf4_product,
         "dequantize": _dequantize,
     }
     constants, types = arguments[build.kernel](build)
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    numbers = ("N", "K", "elements", "packed_bytes")
+    numbers = {"N", "K", "elements", "packed_bytes"}
+    numbers |= {f"{letter}{i}" for letter in ("N", "R", "RA", "RB") for i in range(MOST_MEMBERS)}
     aligned = [n for n in names if signature[n].startswith("*") or n.startswith("stride") or n in numbers]
     if not build.aligned:
         # What is not aligned in these does not run on the fly.
@@ -186,6 +231,78 @@ def _adapter_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     types = {name: "*bf16" for name in ("x_ptr", "dy_ptr")}
     types |= {name: narrow for name in ("t_ptr", "s_ptr", "dA_ptr", "dB_ptr")}
     return constants, types | {"workspace_ptr": "*fp32", "sync_ptr": "*i32", "seed_ptr": "*i64"}
+
+
+def _group(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, OnePassTiles)
+    m, n, k = tiles.block_m, tiles.block_n, tiles.block_k
+    block_r = rank_block(build.rank, "split" if build.split else "native")
+    chunks = -(-build.rank // block_r)
+    constants: dict[str, Any] = {
+        "MEMBERS": build.members,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "BLOCK_R": block_r,
+        "GROUP_M": tiles.group_m,
+        "RANK_CHUNKS": chunks,
+        "W_IS_NK": build.forward,
+        "SPLIT": build.split,
+        "PRECISION": "tf32",
+        "USE_TMA": tiles.use_tma,
+        "DTYPE": tl.bfloat16,
+    }
+    adapter = "*fp32" if build.split else "*bf16"
+    each = {"down{}_ptr": adapter, "up{}_ptr": adapter, "w{}_ref": (n, k) if build.forward else (k, n)}
+    single: dict[str, Any] = {}
+    if build.forward:
+        constants |= {"MASK_X": build.masked, "HAS_BIAS": build.masked}
+        single["x_ref"] = (m, k)
+        each |= {"out{}_ref": (m, n // 2), "s{}_ptr": adapter, "bias{}_ptr": "*bf16" if build.masked else None}
+    else:
+        columns = block_r * chunks * build.members
+        constants |= {"MASKED": build.masked, "FLATTEN": tiles.use_tma and not build.masked}
+        constants["BLOCK_U"] = up_block(columns, "split" if build.split else "native")
+        single["out_ref"] = (m, n // 2)
+        each |= {"dy{}_ref": (m, k), "t{}_ptr": adapter}
+    each |= {"seed{}_ptr": "*i64" if build.masked else None, "scale{}_ptr": None, "scale{}": "fp32"}
+    types = {"workspace_ptr": "*fp32", "sync_ptr": "*i32"}
+    for name, kind in (single | _of_members(each, build.members)).items():
+        if kind is None:
+            constants[name] = None
+        elif isinstance(kind, str):
+            types[name] = kind
+        else:
+            types[name] = f"tensordesc<bf16[{kind[0]}, {kind[1]}]>" if tiles.use_tma else "*bf16"
+    return constants, types
+
+
+def _group_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, GradTiles)
+    constants: dict[str, Any] = {
+        "A_COUNT": build.members,
+        "B_COUNT": build.members,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_C": tiles.block_c,
+        "BLOCK_R": rank_block(build.rank, "native"),
+        "MASKED": build.masked,
+        "PRECISION": "tf32",
+    }
+    each = {f"{name}{{}}_ptr": "*bf16" for name in ("dy", "t", "s", "dA", "dB")}
+    types = {"x_ptr": "*bf16", "workspace_ptr": "*fp32", "sync_ptr": "*i32"}
+    for name, kind in _of_members(each | {"seed{}_ptr": "*i64" if build.masked else None}, build.members).items():
+        if kind is None:
+            constants[name] = None
+        else:
+            types[name] = kind
+    return constants, types
+
+
+def _of_members(each: dict[str, Any], members: int) -> dict[str, Any]:
+    """Each name with the number of every member; None for members that are not there."""
+    return {n.format(i): kind if i < members else None for n, kind in each.items() for i in range(MOST_MEMBERS)}
 
 
 _NF4_TYPES = {

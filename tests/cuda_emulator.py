@@ -24,8 +24,9 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 
 def load() -> ModuleType:
     """The module, compiled once for each state of the sources; processes that ask at once wait for the first."""
-    sources = [path for path in cuda_build.source_folder().iterdir() if not path.name.startswith("hopper")]
-    sources += [cuda_build.source_folder() / "hopper_one_pass.h", *EMULATION.iterdir()]
+    csrc = cuda_build.source_folder()
+    sources = [path for path in csrc.iterdir() if path.is_file() and not path.name.startswith("hopper")]
+    sources += [csrc / "hopper_one_pass.h", *EMULATION.iterdir()]
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -42,7 +42,7 @@ def test_compiles(source: Path, chip: cuda_build.Capability, tmp_path: Path) -> 
 
 
 def test_the_kernels_know_nothing_of_pytorch() -> None:
-    for path in cuda_build.source_folder().iterdir():
+    for path in filter(Path.is_file, cuda_build.source_folder().iterdir()):
         mentions = "#include <torch" in path.read_text() or "#include <ATen" in path.read_text()
         assert mentions == (path.name == "bindings.cpp"), path.name
 
@@ -179,14 +179,15 @@ def test_a_package_holds_the_sources(tmp_path: Path) -> None:
     assert not (copy / "lora_kernels" / "csrc").exists()
 
 
-def test_the_switch_takes_0_or_1() -> None:
+@pytest.mark.parametrize("variable", ["LORA_KERNELS_BUILD_CUDA", "LORA_KERNELS_BUILD_NATIVE"])
+def test_the_switches_take_0_or_1(variable: str) -> None:
     done = subprocess.run(
         [sys.executable, "setup.py", "--version"],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"LORA_KERNELS_BUILD_CUDA": "yes"},
+        env=os.environ | {variable: "yes"},
         check=False,
     )
     assert done.returncode != 0
-    assert "LORA_KERNELS_BUILD_CUDA was 'yes', but must be 0 or 1" in done.stderr
+    assert f"{variable} was 'yes', but must be 0 or 1" in done.stderr

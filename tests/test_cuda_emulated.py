@@ -192,6 +192,75 @@ def test_nf4(size: tuple[int, int, int, int], block_size: int, monkeypatch: pyte
         check(case, monkeypatch, weight)
 
 
+# Less than a slice of K, slices that end early, K in several groups, more tiles than blocks at once, ranks of
+# several tiles.
+STREAMED = [(1, 64, 8, 1), (3, 320, 70, 8), (8, 2112, 500, 17), (9, 1088, 50, 40), (16, 128, 2000, 3), (13, 576, 33, 9)]
+
+
+@pytest.mark.parametrize("size", STREAMED, ids=str)
+def test_streams_few_tokens(size: tuple[int, int, int, int]) -> None:
+    plain = Case(*size, BF16, bias=True)
+    weight = NF4Weight.quantize(plain.tensors(CPU).weight, block_size=64 if size[0] % 2 else 128)
+    mask = Dropout(0.3, torch.tensor([0x0123456789ABCDEF]))
+    for case, precision, dropout in (
+        (plain, "native", None),
+        (replace(plain, dtype=FP16, strided_x=True), "native", mask),
+        (replace(plain, adapter_dtype=FP32), "rounded", mask),
+        (replace(plain, adapter_dtype=FP32), "split", None),
+    ):
+        t = case.tensors(CPU)
+        base, keep = weight.dequantize(case.dtype), None if dropout is None else dropout.keep(case.M, case.K)
+        p = 0.0 if dropout is None else drop_threshold(dropout.p) / 65536
+        scale = case.scaling / (1 - p)
+        y, s = cuda.forward(t.x, weight, t.lora_A, t.lora_B, t.bias, scale, dropout, precision, True)
+        # Where the arithmetic is that of x's dtype, so are the adapters of whom it is compared with.
+        dtype = t.lora_A.dtype if precision == "split" else case.dtype
+        lora_A, lora_B = t.lora_A.to(dtype), t.lora_B.to(dtype)
+        kept = t.x.double() if keep is None else torch.where(keep, t.x.double(), 0.0)
+        exact_s = scale * kept @ t.lora_A.double().T
+        exact = t.x.double() @ base.double().T + exact_s @ t.lora_B.double().T + t.bias.double()
+        peft = peft_sequence(t.x, base, lora_A, lora_B, case.scaling, t.bias, keep, p)
+        rounded_s = torch.nn.functional.linear(kept.to(dtype), lora_A) * scale
+        assert_as_exact_as_peft({"y": y, "s": s}, {"y": peft, "s": rounded_s}, {"y": exact, "s": exact_s})
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_a_streamed_weight_has_the_bits_of_a_decoded_one(block_size: int, dtype: torch.dtype) -> None:
+    """Tokens with a single one in them give the weight itself, of every code and of scales of every kind."""
+    N, K = 40, 640
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(256, (N * K // 2,), generator=generator, dtype=torch.uint8)
+    scales = torch.randn(N * K // block_size, generator=generator)
+    largest, least = torch.finfo(dtype).max * 0.99, torch.finfo(dtype).tiny
+    awkward = torch.tensor([0.0, -0.0, largest, -largest, least, least / 3, 1e-45, 1.17e-38, 1 / 3, -1e-3])
+    scales[: len(awkward)] = awkward
+    form = NF4Weight.quantize(torch.randn(N, K, generator=generator), block_size, double_quant=False)
+    weight = replace(form, packed=codes, absmax=scales)
+    want = weight.dequantize(dtype)
+    lora_A, lora_B = torch.ones(1, K, dtype=dtype), torch.zeros(N, 1, dtype=dtype)
+    for tokens in (8, 16, 40):
+        for first in range(0, K, tokens):
+            x = torch.zeros(tokens, K, dtype=dtype)
+            x[torch.arange(tokens), torch.arange(first, first + tokens)] = 1
+            got, _ = cuda.forward(x, weight, lora_A, lora_B, None, 1.0, None, "native", False)
+            assert torch.equal(got.T, want[:, first : first + tokens])
+
+
+def test_what_streams_leaves_its_counters_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the same bits when it finds them so again."""
+    t = Case(12, 2368, 300, 24, BF16).tensors(CPU)
+    weight = NF4Weight.quantize(t.weight)
+    zeros = torch.zeros(1000, dtype=torch.int32)
+    asked = []
+    monkeypatch.setattr(cuda, "zeros_for", lambda device, count: asked.append(count) or zeros[:count])
+    first, second = (cuda.forward(t.x, weight, t.lora_A, t.lora_B, None, 2.0, None, "native", True) for _ in range(2))
+    assert max(asked) <= len(zeros)
+    assert not zeros.any()
+    for value, want in zip(second, first, strict=True):
+        assert torch.equal(value, want)  # type: ignore[arg-type]
+
+
 def test_the_weight_may_have_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(20, 48, 40, 4, BF16)
     t = case.tensors(CPU)

@@ -14,8 +14,9 @@ multiplies: a GPU rounds it to 16 bits first.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -117,9 +118,99 @@ class Refusal(Protocol):
     def __call__(self, problem: Problem) -> str | None: ...
 
 
+class Member(NamedTuple):
+    """What a backend needs of one member of a group: layers that read the same x.
+
+    In a backward `bias` is None, and so are `weight` and `lora_A` where x needs no gradient.
+    """
+
+    weight: Weight | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    bias: Tensor | None
+    scale: Scale
+    dropout: Dropout | None
+
+
+class GroupRefusal(Protocol):
+    def __call__(self, problems: Sequence[Problem]) -> str | None: ...
+
+
+class GroupForward(Protocol):
+    def __call__(
+        self, x: Tensor, members: Sequence[Member], precision: Precision, want_s: bool
+    ) -> tuple[list[Tensor], list[Tensor | None]]: ...
+
+
+class GroupBackwardInput(Protocol):
+    def __call__(
+        self, dys: list[Tensor], members: Sequence[Member], precision: Precision, want_dx: bool
+    ) -> tuple[Tensor | None, list[Tensor]]: ...
+
+
+class GroupBackwardAdapters(Protocol):
+    def __call__(
+        self,
+        x: Tensor | None,
+        dys: list[Tensor],
+        ss: list[Tensor | None],
+        ts: list[Tensor | None],
+        dropouts: list[Dropout | None],
+        dtype: torch.dtype,
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]: ...
+
+
+@dataclass(frozen=True)
+class GroupBackend:
+    """A backend's functions on two or more members at once. Each has the single function's equations, and
+
+        dx = sum over the members of dy_i W_i + mask_i(T_i A_i)
+
+    `refuses` says why a group must go member by member through the single functions. All members of a call have
+    one precision and one dtype of adapters; a backward has all members of its forward: where only some of the
+    outputs got a gradient, the single functions run instead.
+    """
+
+    refuses: GroupRefusal
+    forward: GroupForward
+    backward_input: GroupBackwardInput
+    backward_adapters: GroupBackwardAdapters
+
+
+# The gate's activation: x sigmoid(x), or the approximation of GELU by a hyperbolic tangent.
+Activation = Literal["silu", "gelu_tanh"]
+
+
+class GatedForward(Protocol):
+    def __call__(self, g: Tensor, u: Tensor, activation: Activation) -> Tensor: ...
+
+
+class GatedBackward(Protocol):
+    def __call__(
+        self, dh: Tensor, g: Tensor, u: Tensor, activation: Activation, want_h: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+
+@dataclass(frozen=True)
+class GatedBackend:
+    """The elementwise part of a gated MLP on g and u, the [M, N] outputs of its gate and its up projection:
+
+        h = act(g) * u        dg = dh * u * act'(g)        du = dh * act(g)
+
+    in float32, each rounded once to g's dtype. `backward` gives dg, du and, where it is wanted, h again. It may
+    write into dh, and never into g or u, which hooks for saved tensors may bring back with any strides.
+    """
+
+    forward: GatedForward
+    backward: GatedBackward
+
+
 @dataclass(frozen=True)
 class Backend:
-    """`refuses` says why it cannot run a problem; `declines` why the automatic choice should pass it by."""
+    """`refuses` says why it cannot run a problem; `declines` why the automatic choice should pass it by.
+
+    Without a `group` of its own its groups go member by member, without a `gated` those parts are PyTorch's.
+    """
 
     name: str
     refuses: Refusal
@@ -128,3 +219,5 @@ class Backend:
     backward_input: BackwardInput
     backward_adapters: BackwardAdapters
     describe: Refusal
+    group: GroupBackend | None = None
+    gated: GatedBackend | None = None

@@ -119,11 +119,17 @@ def one_pass(
         forward,
         _PRECISIONS[precision],
         portable,
-        # More than any kernel here counts in: some for each 64 rows of left and each 32 of the rank.
-        zeros_for(left.device, 64 + (left.shape[0] // 64 + 4) * (2 + down.shape[1] // 32)),
+        zeros_for(left.device, _most_counters(left.shape[0], up.shape[1], up.shape[0], packed is not None)),
         _stream(left.device),
     )
     return out, s
+
+
+def _most_counters(M: int, N: int, rank: int, nf4: bool) -> int:
+    """More than any kernel here counts in: some for each 64 rows of left and each 32 of the rank."""
+    dense = 64 + (M // 64 + 4) * (2 + rank // 32)
+    # A packed weight streams past a few tokens: one for each 16 of its rows, and of the rank.
+    return max(dense, 4 + N // 16 + rank // 16) if nf4 else dense
 
 
 def _mask(dropout: Dropout | None) -> tuple[Tensor | None, int]:
@@ -176,8 +182,15 @@ def _describe(problem: Problem) -> str | None:
         state = "compiled at installation" if cuda_build.has_prebuilt() else "compiled before"
     kernels = "wgmma and TMA where they fit, else mma" if capability == (9, 0) else "mma"
     arithmetic = "float32 arithmetic" if problem.dtype == torch.float32 else f"tensor cores ({kernels})"
-    weight = "; up to 48 tokens straight from the NF4 weight, more from a decoded copy" if problem.nf4 else ""
-    return f"CUDA C++, {state}; {arithmetic}{weight}"
+    return f"CUDA C++, {state}; {arithmetic}{_describe_nf4(problem) if problem.nf4 else ''}"
+
+
+def _describe_nf4(problem: Problem) -> str:
+    """The conditions of nf4_forward_fits; the block size is not known here."""
+    decoded = "the NF4 weight is decoded by a launch of its own"
+    if problem.dtype == torch.float32 or problem.in_features % 32 != 0:
+        return f"; {decoded}"
+    return f"; {decoded}, up to 48 tokens forward inside of the product"
 
 
 BACKEND = Backend("cuda", _refuses, _declines, forward, backward_input, backward_adapters, _describe)

@@ -11,11 +11,13 @@ import importlib.util
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -26,7 +28,12 @@ Capability = tuple[int, int]
 PREBUILT = "lora_kernels._cuda"
 # What an extension made ahead of time holds. Other chips from 8.0 on take the first one's code, or its PTX.
 PREBUILT_CAPABILITIES: tuple[Capability, ...] = ((8, 0), (9, 0))
+# A file that exists when the extension beside it is whole.
+COMPLETE = "complete"
 _PACKAGE = Path(__file__).parents[1]
+# An extension can be initialized once in a process.
+_loaded: dict[Path, ModuleType] = {}
+_loading = threading.Lock()
 
 
 def source_folder() -> Path:
@@ -74,6 +81,15 @@ def missing() -> str | None:
     home = cpp_extension.CUDA_HOME
     if home is None or not Path(home, "bin", "nvcc").exists():
         return "there is no CUDA toolkit: nvcc is neither on the PATH nor under CUDA_HOME"
+    return missing_compiler()
+
+
+def missing_compiler() -> str | None:
+    """What stands in the way of compiling C++ on this machine; None if nothing does."""
+    try:
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        return f"PyTorch's module for extensions cannot be imported: {error}"
     if not cpp_extension.is_ninja_available():
         return "there is no ninja (pip install ninja)"
     compiler = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
@@ -84,7 +100,7 @@ def missing() -> str | None:
 
 def nowhere() -> str | None:
     """Why there is no folder for what is compiled on first use; None if there is one."""
-    return "there is no home directory to keep it in: set TORCH_EXTENSIONS_DIR" if _root() is None else None
+    return "there is no home directory to keep it in: set TORCH_EXTENSIONS_DIR" if root_folder() is None else None
 
 
 def load(capability: Capability) -> ModuleType:
@@ -98,34 +114,50 @@ def load(capability: Capability) -> ModuleType:
     """
     if has_prebuilt():
         return importlib.import_module(PREBUILT)
-    if not _marker(capability).exists():
-        with locked(_folder(capability)):
-            if not _marker(capability).exists():
-                return _compile(capability)
-    name = _name(capability)
-    spec = importlib.util.spec_from_file_location(name, _folder(capability) / f"{name}.so")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _compile(capability: Capability) -> ModuleType:
-    from torch.utils import cpp_extension
-
-    folder = _folder(capability)
-    # PyTorch's own lock, left by a process that was killed, would be waited for without end.
-    (folder / "lock").unlink(missing_ok=True)
-    print(f"lora_kernels: compiling the CUDA backend in {folder}, once", file=sys.stderr, flush=True)
-    module = cpp_extension.load(
+    return load_compiled(_name(capability), _folder(capability)) or compile_once(
         _name(capability),
-        [str(path) for path in sources()],
+        _folder(capability),
+        "the CUDA backend",
+        sources(),
         extra_cflags=["-O2"],
         extra_cuda_cflags=nvcc_flags((capability,)),
-        build_directory=str(folder),
     )
-    _marker(capability).touch()
-    return module  # type: ignore[no-any-return]
+
+
+def load_compiled(name: str, folder: Path) -> ModuleType | None:
+    """The extension that `compile_once` left in a folder; None if there is none that is whole."""
+    with _loading:
+        if folder in _loaded or not (folder / COMPLETE).exists():
+            return _loaded.get(folder)
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.so")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        _loaded[folder] = module
+        return module
+
+
+def compile_once(name: str, folder: Path, what: str, units: list[Path], **options: Any) -> ModuleType:
+    """The extension, compiled in a folder by this process or by one that was asked at the same time.
+
+    Args:
+        options: of torch.utils.cpp_extension.load.
+    Raises:
+        RuntimeError: the compiler failed; its output is in the message.
+    """
+    with locked(folder):
+        made = load_compiled(name, folder)
+        if made is not None:
+            return made
+        from torch.utils import cpp_extension
+
+        # PyTorch's own lock, left by a process that was killed, would be waited for without end.
+        (folder / "lock").unlink(missing_ok=True)
+        print(f"lora_kernels: compiling {what} in {folder}, once", file=sys.stderr, flush=True)
+        module = cpp_extension.load(name, [str(path) for path in units], build_directory=str(folder), **options)
+        (folder / COMPLETE).touch()
+        _loaded[folder] = module
+        return module  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -144,28 +176,37 @@ def _name(capability: Capability) -> str:
 
 
 def _marker(capability: Capability) -> Path:
-    """Exists when the extension beside it is whole."""
-    return _folder(capability) / "complete"
+    return _folder(capability) / COMPLETE
 
 
 @cache
 def _folder(capability: Capability) -> Path:
     """Where the extension for a chip, from these sources and for this PyTorch, is kept."""
-    root = _root()
+    root = root_folder()
     assert root is not None, "nowhere() says so first"
     return root / f"{_name(capability)}_{_digest(capability)}"
 
 
-def _root() -> Path | None:
+def root_folder() -> Path | None:
+    """Where the folders of compiled extensions are; None where there is no home directory."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     return Path(named) if named else cache_folder()
 
 
 def _digest(capability: Capability) -> str:
     """A name for all that the compiled extension depends on."""
-    facts = [torch.__version__, str(torch.version.cuda), sys.version, *nvcc_flags((capability,))]
+    return digest_of(source_folder(), [*versions(), *nvcc_flags((capability,))])
+
+
+def versions() -> list[str]:
+    """The PyTorch, CUDA and Python that an extension is compiled against."""
+    return [torch.__version__, str(torch.version.cuda), sys.version]
+
+
+def digest_of(folder: Path, facts: list[str]) -> str:
+    """A short name for facts and for what the files of a folder hold."""
     digest = hashlib.sha256("\n".join(facts).encode())
-    for path in sorted(source_folder().iterdir()):
+    for path in sorted(folder.iterdir()):
         if path.is_file():
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

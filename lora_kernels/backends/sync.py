@@ -27,7 +27,8 @@ def zeros_for(device: torch.device, count: int) -> Tensor:
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    capturing = torch.cuda.is_current_stream_capturing()
+    # What torch.cuda.is_current_stream_capturing calls.
+    capturing = torch._C._cuda_isCurrentStreamCapturing()
     key = (device.index, stream, _capture_id(stream) if capturing else 0)
     piece = _pieces.get(key)
     if piece is None or piece.numel() < count:

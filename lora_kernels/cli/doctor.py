@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     tiles = _tiles()
     if tiles is not None:
         print(f"{'tiles':<14}{tiles}")
+        print(f"{'launches':<14}{_launches()}")
 
     print("\nbackends, in the order in which the automatic choice tries them")
     statuses = backend_report()
@@ -49,3 +50,14 @@ def _tiles() -> str | None:
         return describe(chip_of(torch.device("cuda", torch.cuda.current_device())))
     except TableRefused as refusal:
         return f"refused: {refusal}"
+
+
+def _launches() -> str:
+    """Whether calls are launched from C++, and if not, why."""
+    from lora_kernels import native
+
+    reason = native.why_not()
+    if reason is None:
+        return "native"
+    remedy = "; `python -m lora_kernels build` makes an eager step several times cheaper to launch"
+    return f"Python: {reason}{remedy if reason == native.NOT_COMPILED else ''}"

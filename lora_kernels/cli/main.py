@@ -12,6 +12,7 @@ from lora_kernels.cli.errors import UserError
 # cheap, because each is imported to build the parser: what is heavy is imported by run.
 COMMANDS = {
     "doctor": "lora_kernels.cli.doctor",
+    "build": "lora_kernels.cli.build",
     "finetune": "lora_kernels.cli.finetune.command",
     "bench": "lora_kernels.cli.bench.command",
     "tune": "lora_kernels.cli.tune.command",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -12,6 +12,14 @@ from typing import Any
 from peft.tuners import lora
 from torch import nn
 
+from lora_kernels.integrations.peft_blocks import (
+    grouped_class,
+    is_block,
+    is_grouped,
+    stock_class,
+    why_never,
+    why_not_together,
+)
 from lora_kernels.integrations.peft_contract import check_linear4bit, check_peft
 from lora_kernels.integrations.peft_layer import Linear, has_own_forward, is_fused, why_not_fused
 
@@ -38,10 +46,26 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class BlockReport:
+    """One attention or MLP block: its name, and why its layers do not run together (None where they do)."""
+
+    name: str
+    reason: str | None
+
+    @property
+    def grouped(self) -> bool:
+        return self.reason is None
+
+
+@dataclass(frozen=True)
 class Report:
-    """Every LoRA layer of a model, fused or not, and why not. Iterate over it, or print it."""
+    """Every LoRA layer of a model, fused or not, and why not; and every block that could run its layers together.
+
+    Iterate over it for the layers, or print it.
+    """
 
     layers: tuple[LayerReport, ...]
+    blocks: tuple[BlockReport, ...] = ()
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -62,15 +86,25 @@ class Report:
     def __str__(self) -> str:
         if not self.layers:
             return "lora_kernels: the model has no LoRA layers (this comes after get_peft_model)"
-        by_reason: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.reason is not None:
-                by_reason.setdefault(layer.reason, []).append(layer.name)
         lines = [f"lora_kernels: {self.fused} of {len(self)} LoRA layers are fused"]
-        for reason, names in by_reason.items():
-            lines.append(f"  {len(names)} not fused: {reason}")
-            lines += [f"    {name}" for name in names]
+        lines += _by_reason(self.layers, "not fused")
+        if self.blocks:
+            grouped = sum(block.grouped for block in self.blocks)
+            lines.append(f"lora_kernels: {grouped} of {len(self.blocks)} attention and MLP blocks are grouped")
+            lines += _by_reason(self.blocks, "not grouped")
         return "\n".join(lines)
+
+
+def _by_reason(entries: Sequence[LayerReport | BlockReport], what: str) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.reason is not None:
+            by_reason.setdefault(entry.reason, []).append(entry.name)
+    lines = []
+    for reason, names in by_reason.items():
+        lines.append(f"  {len(names)} {what}: {reason}")
+        lines += [f"    {name}" for name in names]
+    return lines
 
 
 class PeftPatch:
@@ -79,8 +113,8 @@ class PeftPatch:
     `reason` says why nothing was patched by this call; None where it was.
     """
 
-    def __init__(self, stock: staticmethod[..., Any] | None, reason: str | None) -> None:
-        self._stock = stock
+    def __init__(self, stock: staticmethod[..., Any] | None, reason: str | None, groups: bool = False) -> None:
+        self._stock, self._groups = stock, groups
         self.reason = reason
 
     @property
@@ -96,12 +130,16 @@ class PeftPatch:
         """
         if self._stock is None:
             return
-        if not _is_patched():
-            raise RuntimeError(
-                "LoraModel._create_new_module was replaced by something else after patch_peft(), "
-                "and must be put back before undo()"
-            )
+        for name in ("_create_new_module", *(["inject_adapter"] if self._groups else [])):
+            if not _is_ours(name):
+                raise RuntimeError(
+                    f"LoraModel.{name} was replaced by something else after patch_peft(), "
+                    "and must be put back before undo()"
+                )
         lora.LoraModel._create_new_module = self._stock
+        if self._groups:
+            # PEFT's own is inherited.
+            del lora.LoraModel.inject_adapter
         self._stock, self.reason = None, "it was undone"
 
     def __enter__(self) -> PeftPatch:
@@ -117,12 +155,14 @@ class PeftPatch:
         return f"<lora_kernels.patch_peft: {state}>"
 
 
-def patch_peft() -> PeftPatch:
+def patch_peft(*, groups: bool = True) -> PeftPatch:
     """Make every LoRA linear that PEFT creates from now on, in this process, a fused one.
 
     Calling it again changes nothing, and then neither does undoing that second handle. With LORA_KERNELS=0 in
     the environment it does nothing, and the handle's `reason` says so.
 
+    Args:
+        groups: whether attention and MLP blocks run their fused layers together where they can.
     Returns:
         A handle with `undo()`, which is a context manager too.
     Raises:
@@ -131,14 +171,16 @@ def patch_peft() -> PeftPatch:
     if _is_off():
         return PeftPatch(None, _OFF)
     check_peft()
-    if _is_patched():
+    if _is_ours("_create_new_module"):
         return PeftPatch(None, "it is patched already")
     stock = vars(lora.LoraModel)["_create_new_module"]
     lora.LoraModel._create_new_module = staticmethod(_fusing(stock.__func__))
-    return PeftPatch(stock, None)
+    if groups:
+        lora.LoraModel.inject_adapter = _grouping(lora.LoraModel.inject_adapter)
+    return PeftPatch(stock, None, groups)
 
 
-def apply_lora_kernels(model: nn.Module) -> Report:
+def apply_lora_kernels(model: nn.Module, *, groups: bool = True) -> Report:
     """Fuse the LoRA linears of a model that PEFT has made, and report on every LoRA layer.
 
     Layers that are fused already stay so: call it as often as a report is wanted. With LORA_KERNELS=0 in the
@@ -146,6 +188,8 @@ def apply_lora_kernels(model: nn.Module) -> Report:
 
     Args:
         model: before DistributedDataParallel, FSDP or torch.compile wrap it.
+        groups: whether attention and MLP blocks run their fused layers together where they can. Where it is False,
+            blocks that do get their own forward back.
     Returns:
         Which layers run fused, as the model and autocast stand now, and why the others do not.
     Raises:
@@ -157,18 +201,23 @@ def apply_lora_kernels(model: nn.Module) -> Report:
     if _is_off():
         return Report(tuple(LayerReport(name, _OFF) for name in layers))
     check_peft()
-    return Report(tuple(LayerReport(name, _fuse(layer)) for name, layer in layers.items()))
+    fused = tuple(LayerReport(name, _fuse(layer)) for name, layer in layers.items())
+    if not groups:
+        _ungroup(model)
+        return Report(fused)
+    return Report(fused, tuple(BlockReport(name, _group(block)) for name, block in _blocks(model).items()))
 
 
 def revert_lora_kernels(model: nn.Module) -> int:
-    """Give every fused LoRA linear of a model PEFT's class back.
+    """Give every fused LoRA linear of a model PEFT's class back, and grouped blocks theirs.
 
     Returns:
         How many layers were fused.
     Raises:
         TypeError: model is not an nn.Module.
-        ValueError: model, or a part of it, is wrapped by DistributedDataParallel, FSDP or torch.compile; or a
-            fused layer's forward is wrapped by a hook of accelerate, which would go on calling the fused one.
+        ValueError: model, or a part of it, is wrapped by DistributedDataParallel, FSDP or torch.compile; or the
+            forward of a fused layer or a grouped block is wrapped by a hook of accelerate, which would go on
+            calling it.
     """
     fused = {name: m for name, m in _lora_layers(model, "revert_lora_kernels").items() if is_fused(m)}
     for name, layer in fused.items():
@@ -177,9 +226,38 @@ def revert_lora_kernels(model: nn.Module) -> int:
                 f"layer {name} had a forward of its own, wrapped around the fused one, and must have none: "
                 "remove accelerate's hooks first"
             )
+    _ungroup(model)
     for layer in fused.values():
         _set_class(layer, type(layer).__bases__[0])
     return len(fused)
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if is_block(module)}
+
+
+def _group(block: nn.Module) -> str | None:
+    """Swap the class of a block; says why its layers would not run together."""
+    if not is_grouped(block):
+        reason = why_never(block)
+        if reason is not None:
+            return reason
+        if has_own_forward(block):
+            return "its forward is replaced on the instance already, for example by a hook of accelerate"
+        _set_class(block, grouped_class(stock_class(block)))
+    return why_not_together(block)
+
+
+def _ungroup(model: nn.Module) -> None:
+    grouped = {name: module for name, module in model.named_modules() if is_grouped(module)}
+    for name, block in grouped.items():
+        if has_own_forward(block):
+            raise ValueError(
+                f"block {name} had a forward of its own, wrapped around the grouped one, and must have none: "
+                "remove accelerate's hooks first"
+            )
+    for block in grouped.values():
+        _set_class(block, stock_class(block))
 
 
 def _fuse(layer: nn.Module) -> str | None:
@@ -228,8 +306,19 @@ def _fusing(create: Any) -> Any:
     return create_fused
 
 
-def _is_patched() -> bool:
-    return getattr(lora.LoraModel._create_new_module, "_fuses_lora", False)
+def _grouping(inject: Any) -> Any:
+    @functools.wraps(inject)
+    def inject_grouped(self: lora.LoraModel, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        inject(self, model, *args, **kwargs)
+        for block in _blocks(model).values():
+            _group(block)
+
+    inject_grouped._fuses_lora = True  # type: ignore[attr-defined]
+    return inject_grouped
+
+
+def _is_ours(name: str) -> bool:
+    return getattr(getattr(lora.LoraModel, name), "_fuses_lora", False)
 
 
 def _is_off() -> bool:

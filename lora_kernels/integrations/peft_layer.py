@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.backends import MAX_RANK
 from lora_kernels.functional import lora_linear
+from lora_kernels.integrations.peft_scope import taken
 from lora_kernels.weights import Weight
 
 _BASES = (nn.Linear, Conv1D)
@@ -31,7 +32,11 @@ class Linear(lora.Linear):  # type: ignore[misc]
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        operands = None if args or kwargs else operands_of(self, x)
+        plain = not args and not kwargs
+        shared = taken(self, x) if plain else None
+        if shared is not None:
+            return shared
+        operands = operands_of(self, x) if plain else None
         if isinstance(operands, Operands):
             return fused_forward(self, x, operands)
         result: Tensor = super().forward(x, *args, **kwargs)
@@ -43,7 +48,7 @@ class Linear(lora.Linear):  # type: ignore[misc]
         return _dense_base(base, x)
 
 
-def is_fused(layer: nn.Module) -> bool:
+def is_fused(layer: nn.Module | None) -> bool:
     """Whether the layer is of a fused class; each is a direct subclass of PEFT's."""
     return hasattr(type(layer), "_read_base")
 
@@ -75,11 +80,12 @@ class Base(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the fused forward works on."""
+    """What the fused forward works on, and the dtype in which x W^T is computed."""
 
     weight: Weight
     bias: Tensor | None
     adapters: list[_Adapter]
+    product: torch.dtype
 
 
 def operands_of(layer: lora.LoraLayer, x: Tensor | None) -> Operands | str:
@@ -107,7 +113,7 @@ def operands_of(layer: lora.LoraLayer, x: Tensor | None) -> Operands | str:
     rank = sum(adapter.A.shape[0] for adapter in adapters)
     if rank > MAX_RANK:
         return f"the ranks of its active adapters add up to {rank}, more than {MAX_RANK}"
-    return Operands(weight, bias, adapters)
+    return Operands(weight, bias, adapters, product)
 
 
 def _dense_base(base: Any, x: Tensor | None) -> Base | str:
@@ -170,15 +176,11 @@ def _adapter(
 
 def fused_forward(layer: lora.LoraLayer, x: Tensor, operands: Operands) -> Tensor:
     """The base and all adapters, in one call of lora_linear where no second adapter drops anything."""
-    weight, bias, adapters = operands
+    weight, bias, adapters, _ = operands
     # Masks differ from adapter to adapter, so only adapters without one can share a pass over x.
     dropped = any(adapter.dropout_p for adapter in adapters)
     fused, apart = (adapters[:1], adapters[1:]) if dropped else (adapters, [])
-    for adapter in fused:
-        if adapter.c is not None:
-            # As in PEFT, scaling multiplies lora_B's bias too.
-            c = adapter.c * adapter.scaling
-            bias = c if bias is None else bias + c
+    bias = with_adapter_biases(bias, fused)
     _, A, B, _, scaling, p = fused[0] if len(fused) == 1 else _stacked(fused)
     y = lora_linear(x, weight, A, B, scaling=scaling, bias=bias, dropout_p=p)
     dtype = y.dtype
@@ -187,6 +189,15 @@ def fused_forward(layer: lora.LoraLayer, x: Tensor, operands: Operands) -> Tenso
         x = layer._cast_input_dtype(x, adapter.A.dtype)
         y = y + layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](x))) * adapter.scaling
     return y.to(dtype)
+
+
+def with_adapter_biases(bias: Tensor | None, adapters: list[_Adapter]) -> Tensor | None:
+    """The base's bias and those of the adapters' lora_B, which scaling multiplies too, as in PEFT."""
+    for adapter in adapters:
+        if adapter.c is not None:
+            c = adapter.c * adapter.scaling
+            bias = c if bias is None else bias + c
+    return bias
 
 
 def _stacked(adapters: list[_Adapter]) -> _Adapter:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_kernels.backends import BASE_DTYPES
 from lora_kernels.integrations import peft_layer
 from lora_kernels.integrations.peft_layer import PLAIN, Base, Operands, describe, is_hooked, is_plain, operands_of
+from lora_kernels.integrations.peft_scope import taken
 from lora_kernels.nf4 import NF4Weight
 
 # bitsandbytes takes a parameter that lost its class for its own: FSDP hands out plain ones.
@@ -31,7 +32,11 @@ class Linear4bit(lora.Linear4bit):  # type: ignore[misc]
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        operands = None if args or kwargs else operands_of(self, x)
+        plain = not args and not kwargs
+        shared = taken(self, x) if plain else None
+        if shared is not None:
+            return shared
+        operands = operands_of(self, x) if plain else None
         if isinstance(operands, Operands):
             y = peft_layer.fused_forward(self, x, operands)
             # bitsandbytes returns x's dtype, also where autocast computes in another.

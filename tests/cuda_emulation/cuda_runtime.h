@@ -15,7 +15,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
-struct uint4 {
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
@@ -30,7 +30,7 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-extern dim3 threadIdx, blockIdx, blockDim;
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
@@ -50,6 +50,7 @@ inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::meet_block(); }
+inline void __syncwarp() { emulation::meet_warp(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -76,6 +77,11 @@ T __ldcg(const T* pointer) {
 inline void __threadfence() {}
 inline int atomicAdd(int* number, int added) { return (*number += added) - added; }
 
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 
@@ -84,7 +90,9 @@ enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrComputeCapabilityMinor
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
@@ -92,6 +100,6 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   // Few multiprocessors, so that small problems are divided as large ones are on a GPU.
-  const int values[] = {6, 8, 0};
+  const int values[] = {6, 8, 0, 99 * 1024, 100 * 1024};
   return *value = values[attribute], cudaSuccess;
 }

@@ -6,7 +6,7 @@
 #include "hopper_one_pass.h"
 #include "launches.h"
 
-dim3 threadIdx, blockIdx, blockDim;
+dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
@@ -78,6 +78,7 @@ int lane() { return static_cast<int>(threadIdx.x % 32); }
 void run(dim3 grid, int count, const std::function<void()>& thread) {
   body = &thread;
   blockDim = dim3(count);
+  gridDim = grid;
   threads.clear();
   threads.resize(count);
   for (unsigned y = 0; y < grid.y; ++y) {

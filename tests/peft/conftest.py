@@ -27,3 +27,19 @@ def _deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How often layers ran together."""
+    from group_models import Calls
+
+    return Calls(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _no_scope_is_left_open() -> Iterator[None]:
+    from lora_kernels.integrations import peft_scope
+
+    yield
+    assert getattr(peft_scope._open, "scope", None) is None

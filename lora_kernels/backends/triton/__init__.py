@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import Backend, Precision, Problem, Scale, eager
-from lora_kernels.backends.triton import launch, nf4_launch, nf4_tiles
+from lora_kernels.backends.triton import gated, group_launch, launch, nf4_launch, nf4_tiles
 from lora_kernels.backends.triton.tiles import INTERPRETER, candidates, chip_of
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import NF4Weight
@@ -99,5 +99,13 @@ def _describe(problem: Problem) -> str | None:
 
 
 BACKEND = Backend(
-    "triton", _refuses, _declines, forward, backward_input, launch.adapter_grads, _describe
+    "triton",
+    _refuses,
+    _declines,
+    forward,
+    backward_input,
+    launch.adapter_grads,
+    _describe,
+    group=group_launch.GROUP,
+    gated=gated.GATED,
 )

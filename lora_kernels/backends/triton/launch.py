@@ -13,10 +13,9 @@ from torch import Tensor
 from lora_kernels.backends import Precision, Scale, tf32_allowed
 from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
-from lora_kernels.backends.triton.direct import DirectKernel, direct_kernel
+from lora_kernels.backends.triton.direct import BoundLaunch, DirectKernel, direct_kernel
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.tiles import (
-    Chip,
     GradTiles,
     OnePassTiles,
     chip_of,
@@ -25,13 +24,14 @@ from lora_kernels.backends.triton.tiles import (
     rank_block,
     row_parts,
     share_out,
-    shipped_tiles,
 )
 from lora_kernels.dropout import Dropout
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Looks at a flag take about a microsecond each: a sharing tile has long published by then, if it runs at all.
 SPIN_LIMIT = 300
+# Of x, for which L2 is a cache. An H100's is two halves of 25 MB, each of which has its own copies.
+NUMBERS_THAT_STAY = 12 << 20
 _MOST_PLANS = 4096
 
 
@@ -46,6 +46,7 @@ class OnePassPlan:
     rank_chunks: int
     k_parts: int
     shares: int
+    x_stays: bool
 
     @property
     def workspace_size(self) -> int:
@@ -64,25 +65,46 @@ def plan_one_pass(
     chunks = triton.cdiv(R, block_r)
     programs = min(programs, row_tiles * column_tiles)
     k_parts, shares = share_out(programs, row_tiles, column_tiles, triton.cdiv(K, tiles.block_k), chunks)
-    return OnePassPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares)
+    return OnePassPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares, M * K <= NUMBERS_THAT_STAY)
 
 
-def plan_masked(
-    chip: Chip, itemsize: int, M: int, K: int, N: int, R: int, precision: Precision, programs: int
-) -> OnePassPlan:
-    """The plan with a mask on S U and a rank above 16, where TMA is used.
+class Launch:
+    """A launch without its tensors: everything that shapes, strides, dtypes and alignment decide."""
 
-    In tiles of 128 columns, none of which shared S, dx was wrong (docs/kernels.md, under "Traps"). Tiles of 256 were
-    right, and pointers where nothing is shared.
-    """
-    wide = shipped_tiles(chip, itemsize, True, M, N, least_block_n=256)
-    plan = plan_one_pass(M, K, N, R, precision, wide, programs)
-    if plan.shares:
-        return plan
-    return plan_one_pass(M, K, N, R, precision, shipped_tiles(chip, itemsize, False, M, N), programs)
+    def __init__(
+        self,
+        kernel: Any,
+        kind: tuple[object, ...],
+        grid: tuple[int, int, int],
+        options: dict[str, Any],
+        blocks: tuple[tuple[int, int], ...] | None,
+        workspace_size: int,
+        counters: int,
+        numbers: tuple[int, ...],
+    ) -> None:
+        self._kernel, self._kind, self._grid, self._options, self._blocks = kernel, kind, grid, options, blocks
+        self.workspace_size, self.counters = workspace_size, counters
+        self._numbers = numbers
+        # Known after the first launch; None also where Triton has to launch every time.
+        self.bound: BoundLaunch | None = None
+
+    @property
+    def needs_views(self) -> bool:
+        """Whether Triton will look at the tensors, and not only at where they lie."""
+        return self.bound is None or _has_hooks()
+
+    def __call__(self, device: torch.device, tensors: tuple[Any, ...]) -> None:
+        """Launches with the arguments of the kernel up to its integers."""
+        if self.bound is not None and not _has_hooks():
+            self.bound(_stream(device), tensors)
+            return
+        arguments = (*tensors, *self._numbers)
+        direct = launch_kernel(self._kernel, self._kind, self._grid, arguments, self._options, self._blocks)
+        if direct is not None and self.bound is None:
+            self.bound = BoundLaunch(direct, self._grid, arguments)
 
 
-_one_pass_plans: dict[tuple[object, ...], OnePassPlan] = {}
+_launches: dict[tuple[object, ...], Launch] = {}
 _direct_kernels: dict[tuple[object, ...], DirectKernel | None] = {}
 
 
@@ -112,44 +134,93 @@ def one_pass(
     Returns:
         out [M, N] in left's dtype; S [M, R], in float32 if precision is "split".
     """
-    (M, K), N, R = left.shape, weight.shape[1], down.shape[1]
+    M, N, R = left.shape[0], weight.shape[1], down.shape[1]
     device, dtype = left.device, left.dtype
     out = torch.empty(M, N, dtype=dtype, device=device)
     s = torch.empty(M, R, dtype=torch.float32 if precision == "split" else dtype, device=device)
     if M == 0:
         return out, s
+    if bias is not None and bias.stride(0) != 1:
+        bias = bias.contiguous()
+    launch = _one_pass_launch(
+        left, weight, down, up, bias, scale, dropout, mask_left, precision, (tiles, spin_limit, programs)
+    )
+    workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
+    seed = None if dropout is None else dropout.seed
+    tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    # As it is stored.
+    stored = weight.T if launch.needs_views and weight.stride(0) == 1 else weight
+    zeros = zeros_for(device, launch.counters)
+    launch(device, (left, stored, out, down, up, bias, s, workspace, zeros, seed, tensor, number))
+    return out, s
+
+
+def bound_one_pass(
+    left: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    mask_left: bool,
+    precision: Precision,
+) -> Launch:
+    """The launch that one_pass makes for these arguments."""
+    forced = (None, SPIN_LIMIT, None)
+    return _one_pass_launch(left, weight, down, up, bias, scale, dropout, mask_left, precision, forced)
+
+
+def _one_pass_launch(
+    left: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    mask_left: bool,
+    precision: Precision,
+    forced: tuple[OnePassTiles | None, int, int | None],
+) -> Launch:
+    """The launch for arguments like these, made where there was none before."""
+    key = (
+        left.device, left.dtype, precision, left.shape, left.stride(0), weight.shape, weight.stride(), down.stride(),
+        up.shape, up.stride(), down.dtype, bias is not None and bias.dtype, isinstance(scale, Tensor) and scale.dtype,
+        dropout is not None and dropout.threshold, mask_left, alignment(left, weight, down, up, bias),
+        dot_precision(left.dtype), forced,
+    )  # fmt: skip
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _plan_launch(left, weight, down, up, bias, scale, dropout, mask_left, precision, *forced)
+        remember(_launches, key, launch)
+    return launch
+
+
+def _plan_launch(
+    left: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    mask_left: bool,
+    precision: Precision,
+    tiles: OnePassTiles | None,
+    spin_limit: int,
+    programs: int | None,
+) -> Launch:
+    (M, K), N, R, device, dtype = left.shape, weight.shape[1], down.shape[1], left.device, left.dtype
     w_is_nk = weight.stride(0) == 1
     stored_w = weight.T if w_is_nk else weight
-    use_tma = fits_tma(left) and fits_tma(stored_w) and fits_tma(out)
+    out_rows_align = N * dtype.itemsize % 16 == 0
+    use_tma = fits_tma(left) and fits_tma(stored_w) and out_rows_align
     mask_out = dropout is not None and not mask_left
-    key = (device, dtype, precision, M, K, N, R, use_tma, mask_out, tiles, programs)
-    plan = _one_pass_plans.get(key)
-    if plan is None:
-        chip = chip_of(device)
-        width = programs or chip.multiprocessors
-        if tiles is None and mask_out and use_tma and chip.has_tma and rank_block(R, precision) > 16:
-            plan = plan_masked(chip, dtype.itemsize, M, K, N, R, precision, width)
-        else:
-            chosen = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
-            plan = plan_one_pass(M, K, N, R, precision, chosen, width)
-        remember(_one_pass_plans, key, plan)
-    tiles = plan.tiles
-    workspace = torch.empty(plan.workspace_size, dtype=torch.float32, device=device)
-    scale_tensor = scale if isinstance(scale, Tensor) else None
-    seed = None if dropout is None else dropout.seed
-    arguments = (
-        left,
-        stored_w,
-        out,
-        down,
-        up,
-        bias,
-        s,
-        workspace,
-        zeros_for(device, plan.counters),
-        seed,
-        scale_tensor,
-        1.0 if scale_tensor is not None else float(scale),
+    chip = chip_of(device)
+    tiles = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
+    plan = plan_one_pass(M, K, N, R, precision, tiles, programs or chip.multiprocessors)
+    numbers = (
         0 if dropout is None else dropout.threshold,
         spin_limit if plan.shares else 0,
         M,
@@ -158,6 +229,7 @@ def one_pass(
         R,
         plan.k_parts,
         plan.shares,
+        int(plan.x_stays),
         left.stride(0),
         stored_w.stride(0),
         N,
@@ -191,11 +263,11 @@ def one_pass(
         blocks = ((tiles.block_m, tiles.block_k), w_block, (tiles.block_m, tiles.block_n // 2))
     kind = (
         "one_pass", device, dtype, precision, K, N, R, tiles, w_is_nk, mask_out, left.stride(0), stored_w.stride(0),
-        down.stride(), up.stride(), down.dtype, seed is None, None if scale_tensor is None else scale_tensor.dtype, bias is not None and bias.dtype,
-        alignment(left, stored_w, down, up, bias),
+        down.stride(), up.stride(), down.dtype, dropout is None, isinstance(scale, Tensor) and scale.dtype,
+        bias is not None and bias.dtype, alignment(left, stored_w, down, up, bias),
     )  # fmt: skip
-    launch_kernel(one_pass_kernel, kind, (plan.programs, 1, 1), arguments, options, blocks)
-    return out, s
+    grid = (plan.programs, 1, 1)
+    return Launch(one_pass_kernel, kind, grid, options, blocks, plan.workspace_size, plan.counters, numbers)
 
 
 def adapter_grads(
@@ -218,52 +290,85 @@ def adapter_grads(
     dB = torch.empty(N, R, dtype=dtype, device=device) if want_b else None
     if M == 0:
         return None if dA is None else dA.zero_(), None if dB is None else dB.zero_()
+    launch = _adapter_grads_launch(x, dy, s, t, dropout, dtype, tiles)
+    workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
+    seed = dropout.seed if want_a and dropout is not None else None
+    zeros = zeros_for(device, launch.counters)
+    launch(device, (x if want_a else None, dy, t if want_a else None, s, dA, dB, workspace, zeros, seed))
+    return dA, dB
+
+
+def bound_adapter_grads(
+    x: Tensor | None, dy: Tensor, s: Tensor | None, t: Tensor | None, dropout: Dropout | None, dtype: torch.dtype
+) -> Launch:
+    """The launch that adapter_grads makes for these arguments."""
+    return _adapter_grads_launch(x, dy, s, t, dropout, dtype, None)
+
+
+def _adapter_grads_launch(
+    x: Tensor | None,
+    dy: Tensor,
+    s: Tensor | None,
+    t: Tensor | None,
+    dropout: Dropout | None,
+    dtype: torch.dtype,
+    tiles: GradTiles | None,
+) -> Launch:
+    narrow = t if t is not None else s
+    assert narrow is not None
+    key = (
+        dy.device, dy.dtype, narrow.dtype, dtype, dy.shape, dy.stride(0), narrow.shape[1],
+        x is not None and (x.shape[1], x.stride(0)), t is None, s is None, dropout is not None and dropout.threshold,
+        alignment(x, dy, t, s), dot_precision(dy.dtype), tiles,
+    )  # fmt: skip
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _plan_adapter_grads(x, dy, s, t, dropout, dtype, tiles)
+        remember(_launches, key, launch)
+    return launch
+
+
+def _plan_adapter_grads(
+    x: Tensor | None,
+    dy: Tensor,
+    s: Tensor | None,
+    t: Tensor | None,
+    dropout: Dropout | None,
+    dtype: torch.dtype,
+    tiles: GradTiles | None,
+) -> Launch:
+    want_a, want_b = t is not None and x is not None, s is not None
+    narrow = t if t is not None else s
+    assert narrow is not None
+    (M, N), R, device = dy.shape, narrow.shape[1], dy.device
+    K, x_stride = (0, 0) if x is None else (x.shape[1], x.stride(0))
     chip = chip_of(device)
     tiles = tiles or grad_tiles(chip, dy.dtype.itemsize)
     block_r = rank_block(R, "native" if narrow.dtype == dy.dtype else "split")
     chunks = triton.cdiv(R, block_r)
     blocks = (triton.cdiv(K, tiles.block_c) if want_a else 0) + (triton.cdiv(N, tiles.block_c) if want_b else 0)
     parts, rows_per_part = row_parts(chip, tiles, M, blocks * chunks)
-    workspace = torch.empty(parts * blocks * chunks * tiles.block_c * block_r, dtype=torch.float32, device=device)
-    seed = None if dropout is None or not want_a else dropout.seed
-    x_stride = 0 if x is None else x.stride(0)
-    arguments = (
-        x if want_a else None,
-        dy,
-        t if want_a else None,
-        s,
-        dA,
-        dB,
-        workspace,
-        zeros_for(device, blocks * chunks),
-        seed,
-        0 if seed is None or dropout is None else dropout.threshold,
-        M,
-        K,
-        N,
-        R,
-        x_stride,
-        dy.stride(0),
-        rows_per_part,
-        parts,
-    )
+    masked = want_a and dropout is not None
+    threshold = dropout.threshold if masked and dropout is not None else 0
+    numbers = (threshold, M, K, N, R, x_stride, dy.stride(0), rows_per_part, parts)
     options = {
         "BLOCK_M": tiles.block_m,
         "BLOCK_C": tiles.block_c,
         "BLOCK_R": block_r,
         "WANT_A": want_a,
         "WANT_B": want_b,
-        "MASKED": seed is not None,
+        "MASKED": masked,
         "PRECISION": dot_precision(dy.dtype),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
     kind = (
         "adapter_grads", device, dy.dtype, narrow.dtype, dtype, K, N, R, x_stride, dy.stride(0), want_a, want_b,
-        seed is None, tiles, alignment(x, dy, t, s),
+        masked, tiles, alignment(x, dy, t, s),
     )  # fmt: skip
-    launch_kernel(adapter_grads_kernel, kind, (blocks, parts, chunks), arguments, options, None)
-    return dA, dB
+    workspace_size = parts * blocks * chunks * tiles.block_c * block_r
+    grid = (blocks, parts, chunks)
+    return Launch(adapter_grads_kernel, kind, grid, options, None, workspace_size, blocks * chunks, numbers)
 
 
 def launch_kernel(
@@ -273,25 +378,33 @@ def launch_kernel(
     arguments: tuple[Any, ...],
     options: dict[str, Any],
     blocks: tuple[tuple[int, int], ...] | None,
-) -> None:
+) -> DirectKernel | None:
     """Through the driver where a launch of this kind has gone through Triton before, which compiles it.
 
     Args:
         kind: everything that Triton's specialization of the arguments depends on.
         blocks: the tiles of the leading arguments that are to be TMA descriptors.
+    Returns:
+        What launches the next of this kind; None where that is Triton.
     """
     kind = (*kind, options.get("PRECISION"))
     direct = _direct_kernels.get(kind)
     if direct is not None and not _has_hooks():
-        direct(grid, torch._C._cuda_getCurrentRawStream(kind[1].index), arguments)  # type: ignore[attr-defined]
-        return
+        direct(grid, _stream(kind[1]), arguments)  # type: ignore[arg-type]
+        return direct
     if blocks is not None:
         described = (_descriptor(t, block) for t, block in zip(arguments, blocks, strict=False))
         compiled = kernel[grid](*described, *arguments[len(blocks) :], **options)
     else:
         compiled = kernel[grid](*arguments, **options)
-    if kind not in _direct_kernels and arguments[1].is_cuda:
-        remember(_direct_kernels, kind, direct_kernel(compiled))
+    if kind not in _direct_kernels:
+        direct = direct_kernel(compiled)
+        remember(_direct_kernels, kind, direct)
+    return direct
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)  # type: ignore[attr-defined,no-any-return]
 
 
 def _has_hooks() -> bool:

@@ -45,8 +45,6 @@ from lora_kernels.backends.triton.tiles import MAX_PARTS as _MAX_PARTS
 
 # The most parts that a chunk of S is summed from.
 MAX_PARTS = tl.constexpr(_MAX_PARTS)
-# Of X, for which L2 is a cache. An H100's is two halves of 25 MB, each of which has its own copies.
-BYTES_THAT_STAY = tl.constexpr(24 << 20)
 # Columns of S U that are masked at once. More would not fit into the registers; with 32, dx was wrong on an H100 at every
 # rank above 16 (docs/kernels.md, under "Traps").
 MASKED_COLUMNS = tl.constexpr(64)
@@ -289,10 +287,10 @@ def _finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr
     return all_stored
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "k_parts", "shares"])
+@triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "k_parts", "shares", "x_stays"])
 def one_pass_kernel(
     x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr,
-    scale, threshold, spin_limit, M, N, K, R, k_parts, shares,
+    scale, threshold, spin_limit, M, N, K, R, k_parts, shares, x_stays,
     stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr,
@@ -302,7 +300,7 @@ def one_pass_kernel(
     """The module's docstring says what it computes and why it ends.
 
     x_ref [M, K], w_ref ([N, K] if W_IS_NK, else [K, N]) and out_ref [M, N] are TMA descriptors if USE_TMA, else
-    pointers. sync_ptr holds, all zero: the count of finished programs, that of complete chunks of S, the
+    pointers. x_stays: whether L2 holds X. sync_ptr holds, all zero: the count of finished programs, that of complete chunks of S, the
     same for each row block, and a count of parts for each row block and chunk.
     """
     pid = tl.program_id(0)
@@ -325,7 +323,7 @@ def one_pass_kernel(
         first, last = _part_bounds(part, k_parts, k_tiles)
         # A tile starts with its share, so that S is known early. But where L2 does not hold X, all sharing tiles of a row
         # block go through K in step, or each of them would read X from memory on its own, all at once.
-        lead = tl.where(M.to(tl.int64) * K * 2 <= BYTES_THAT_STAY, 0, first)
+        lead = tl.where(x_stays != 0, 0, first)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for ki in tl.range(0, lead):
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)

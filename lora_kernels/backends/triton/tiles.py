@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -101,16 +102,24 @@ def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> 
     return tuned or shipped_tiles(chip, itemsize, use_tma, M, N)
 
 
-def shipped_tiles(
-    chip: Chip, itemsize: int, use_tma: bool, M: int, N: int, least_block_n: int = 0
-) -> OnePassTiles:
+def shipped_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
     """The configuration with the least predicted time: waves of tiles, times a tile's elements, over its rate."""
 
     def cost(tiles: OnePassTiles) -> float:
         count = -(-M // tiles.block_m) * -(-N // tiles.block_n)
         return -(-count // chip.multiprocessors) * tiles.block_m * tiles.block_n / tiles.rate
 
-    return min((t for t in candidates(chip, itemsize, use_tma) if t.block_n >= least_block_n), key=cost)
+    return min(candidates(chip, itemsize, use_tma), key=cost)
+
+
+def group_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, Ns: Sequence[int]) -> OnePassTiles:
+    """As shipped_tiles, for outputs [M, N] of several N whose tiles share the waves."""
+
+    def cost(tiles: OnePassTiles) -> float:
+        count = -(-M // tiles.block_m) * sum(-(-N // tiles.block_n) for N in Ns)
+        return -(-count // chip.multiprocessors) * tiles.block_m * tiles.block_n / tiles.rate
+
+    return min(candidates(chip, itemsize, use_tma), key=cost)
 
 
 def _tuned_table(chip: Chip) -> TunedTable | None:
@@ -142,6 +151,15 @@ def shipped_grad_tiles(chip: Chip, itemsize: int) -> GradTiles:
     return GradTiles(64, 128, 4, 4) if itemsize == 2 else GradTiles(32, 64, 4, 3)
 
 
+def group_grad_tiles(chip: Chip, itemsize: int, sums: int, masked: bool) -> GradTiles:
+    """The configuration for a group, whose blocks of x have `sums` columns of sums: many need more threads to hold them."""
+    tiles = shipped_grad_tiles(chip, itemsize)
+    if chip == INTERPRETER or not (masked or sums > 64):
+        return tiles
+    few_bytes = chip.shared_memory < 128 * 1024
+    return replace(tiles, block_m=32 if few_bytes else tiles.block_m, num_warps=8)
+
+
 def share_out(
     programs: int, row_tiles: int, column_tiles: int, k_tiles: int, rank_chunks: int
 ) -> tuple[int, int]:
@@ -155,6 +173,25 @@ def share_out(
     parts = programs // (row_tiles * rank_chunks)
     parts = max(1, min(parts, MAX_PARTS, column_tiles // rank_chunks, k_tiles))
     return parts, parts * rank_chunks
+
+
+def group_share_out(
+    programs: int, row_tiles: int, column_tiles: int, steps: Sequence[int], rank_chunks: int
+) -> tuple[tuple[int, ...], int]:
+    """(parts of each member's steps that its chunks of T are summed from, sharing tiles of a row block).
+
+    As share_out, but a member's parts are cut from its own steps: the longest are cut first.
+    """
+    parts = [1] * len(steps)
+    if len(steps) * rank_chunks > column_tiles:
+        return tuple(parts), 0
+    most = min(programs // row_tiles, column_tiles)
+    while (sum(parts) + 1) * rank_chunks <= most:
+        longest = max(range(len(steps)), key=lambda i: steps[i] / parts[i])
+        if parts[longest] == min(MAX_PARTS, steps[longest]):
+            break
+        parts[longest] += 1
+    return tuple(parts), sum(parts) * rank_chunks
 
 
 def row_parts(chip: Chip, tiles: GradTiles, M: int, blocks: int) -> tuple[int, int]:

@@ -1,0 +1,114 @@
+"""Gradients of a gated MLP as one node: down(act(gate(x)) * up(x)), where gate and up are a group.
+
+needs gradient            computes            keeps from the forward
+anything before h         dh, dg, du          g, u, and of the down projection what its x needs
+down's lora_A             T, h once more      g, u, lora_B
+the rest                  as in autograd.py and autograd_group.py
+
+h = act(g) * u is never kept: the pass that makes dg and du from dh makes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_kernels import autograd, autograd_group
+from lora_kernels.autograd import Needs, Saved, as_rows, outside_autocast
+from lora_kernels.autograd_group import Constants, Gradients, GroupSaved, Plan, backward_member, needs_of, saved_of
+from lora_kernels.backends import Activation, Backend, GatedBackend, Member, Precision
+from lora_kernels.backends.eager import GATED
+
+
+class GatedPlan(NamedTuple):
+    """How a gated MLP runs: gate and up as a group, h, and the down projection on it."""
+
+    group: Plan
+    activation: Activation
+    gated: GatedBackend
+    down: Backend
+    precision: Precision
+
+    @staticmethod
+    def of(group: Plan, activation: Activation, down: Backend, precision: Precision) -> GatedPlan:
+        """With the elementwise part of the down projection's backend; PyTorch's, where it has none."""
+        return GatedPlan(group, activation, down.gated or GATED, down, precision)
+
+
+def forward(
+    plan: GatedPlan, x: Tensor, members: Sequence[Member], want_s: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """y, g, u, and of gate, up and down the S that is wanted."""
+    (g, u), ss = autograd_group.forward(plan.group, x, members[:2], want_s[:2])
+    h = plan.gated.forward(g, u, plan.activation)
+    y, s = autograd.forward(plan.down, h, *members[2], plan.precision, want_s[2])  # type: ignore[arg-type]
+    return y, g, u, [*ss, s]
+
+
+class GatedMLPFunction(torch.autograd.Function):
+    """y = down(act(gate(x)) * up(x)) on a two-dimensional x.
+
+    Behind x, the plan and the members gate, up and down come lora_A, lora_B and bias of each, for autograd to see.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: GatedPlan, members: Sequence[Member], *leaves: Tensor | None) -> Tensor:
+        wanted = ctx.needs_input_grad
+        *group_needs, down = needs_of(wanted[0], wanted[3:])
+        needs = [*group_needs, down._replace(x=any(flag for need in group_needs for flag in need))]
+        y, g, u, ss = forward(plan, x, members, [need.lora_B for need in needs])
+        group, ctx.layout = GroupSaved.select(group_needs, x, members[:2], ss[:2]).flat()
+        own, ctx.form = saved_of(needs[2], members[2], ss[2]).flat()
+        kept = (g, u) if needs[2].x or needs[2].lora_A else (None, None)
+        ctx.save_for_backward(*kept, *group, *own)
+        ctx.split = len(group) + 2
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.needs = plan, needs
+        precisions = (*plan.group.precisions, plan.precision)
+        ctx.constants = [Constants.of(member, p) for member, p in zip(members, precisions, strict=True)]
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 12
+        g, u, *tensors = ctx.saved_tensors
+        saved = Saved.of(tensors[ctx.split - 2 :], ctx.form)
+        group = GroupSaved.of(tensors[: ctx.split - 2], ctx.layout)
+        dgu, down = _through_down(ctx.plan, ctx.needs[2], saved, as_rows(dy), g, u, ctx.constants[2])
+        dx: Tensor | None = None
+        gradients: list[Gradients] = [(None, None, None)] * 2
+        if dgu is not None:
+            dx, gradients = autograd_group.backward(ctx.plan.group, ctx.needs[:2], group, dgu, ctx.constants[:2])
+        return (dx, None, None, *(t for gradient in (*gradients, down) for t in gradient))
+
+
+def _through_down(
+    plan: GatedPlan, needs: Needs, saved: Saved, dy: Tensor, g: Tensor | None, u: Tensor | None, constants: Constants
+) -> tuple[tuple[Tensor, Tensor] | None, Gradients]:
+    """dg and du where they are needed, and the down projection's dA, dB and db."""
+    dgu = dh = h = t = dA = dB = None
+    member = backward_member(saved, constants)
+    with outside_autocast(dy.device.type):
+        if needs.x or needs.lora_A:
+            weight, lora_A, lora_B, _, scale, dropout = member
+            assert lora_B is not None
+            dh, t = plan.down.backward_input(dy, weight, lora_A, lora_B, scale, dropout, constants.precision, needs.x)
+        if dh is not None:
+            assert g is not None and u is not None
+            *dgu, h = plan.gated.backward(dh, g, u, plan.activation, needs.lora_A)
+        elif needs.lora_A:
+            assert g is not None and u is not None
+            h = plan.gated.forward(g, u, plan.activation)
+        if needs.lora_A or needs.lora_B:
+            wanted = t if needs.lora_A else None
+            # Hooks for saved tensors may have brought it back with other strides; g and u may have any.
+            s = None if saved.s is None else saved.s.contiguous()
+            dA, dB = plan.down.backward_adapters(h, dy, s, wanted, member.dropout, constants.adapter_dtype)
+        db = dy.sum(0, dtype=constants.bias_dtype) if needs.bias else None
+    return None if dgu is None else (dgu[0], dgu[1]), (dA, dB, db)

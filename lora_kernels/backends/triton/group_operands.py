@@ -1,0 +1,129 @@
+"""What the group kernels are called with: the members' tensors in one form, and the plan of a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lora_kernels.backends import Member, Precision
+from lora_kernels.backends.triton.launch import NUMBERS_THAT_STAY
+from lora_kernels.backends.triton.tiles import OnePassTiles, group_share_out, rank_block, share_out
+from lora_kernels.dropout import Dropout
+
+
+class Weights(NamedTuple):
+    """The weights of a group as a kernel reads them: all as [N, K] by rows, or all transposed, as [K, N] by rows."""
+
+    stored: list[Tensor]
+    by_rows: bool
+
+    @staticmethod
+    def of(members: Sequence[Member]) -> Weights:
+        weights = [member.weight for member in members if isinstance(member.weight, Tensor)]
+        assert len(weights) == len(members)
+        if all(weight.stride(1) == 1 for weight in weights):
+            return Weights(weights, True)
+        if all(weight.stride(0) == 1 for weight in weights):
+            return Weights([weight.T for weight in weights], False)
+        # One kernel has one layout.
+        return Weights([weight.contiguous() for weight in weights], True)
+
+
+def adapters_of(members: Sequence[Member]) -> tuple[list[Tensor], list[Tensor]]:
+    lora_As = [member.lora_A.contiguous() for member in members if member.lora_A is not None]
+    lora_Bs = [member.lora_B.contiguous() for member in members if member.lora_B is not None]
+    assert len(lora_As) == len(lora_Bs) == len(members)
+    return lora_As, lora_Bs
+
+
+def narrow_of(left: Tensor, lora_As: list[Tensor], precision: Precision) -> list[Tensor]:
+    dtype = torch.float32 if precision == "split" else left.dtype
+    return [torch.empty(left.shape[0], a.shape[0], dtype=dtype, device=left.device) for a in lora_As]
+
+
+def biases_of(members: Sequence[Member]) -> list[Tensor | None]:
+    """One for each member or for none: a kernel has them or has not, in one dtype."""
+    given = [member.bias for member in members if member.bias is not None]
+    if not given:
+        return [None] * len(members)
+    dtype = given[0].dtype if len({bias.dtype for bias in given}) == 1 else torch.float32
+    biases: list[Tensor | None] = []
+    for member in members:
+        assert member.lora_B is not None
+        if member.bias is None:
+            biases.append(torch.zeros(member.lora_B.shape[0], dtype=dtype, device=member.lora_B.device))
+        else:
+            biases.append(member.bias.to(dtype).contiguous())
+    return biases
+
+
+def seeds_of(dropouts: Sequence[Dropout | None]) -> tuple[list[Tensor | None], int | None]:
+    """Each member's seed, and the threshold of all; None where nothing is dropped."""
+    drawn = [dropout for dropout in dropouts if dropout is not None]
+    thresholds = {dropout.threshold for dropout in drawn}
+    assert len(drawn) in (0, len(dropouts)) and len(thresholds) <= 1, "the members of a group share dropout_p"
+    return [None if d is None else d.seed for d in dropouts], thresholds.pop() if thresholds else None
+
+
+def scales_of(members: Sequence[Member]) -> tuple[list[Tensor | None], list[float]]:
+    """What is known of each member's scale on the device, and what on the host: their product is the scale."""
+    tensors = [member.scale if isinstance(member.scale, Tensor) else None for member in members]
+    return tensors, [1.0 if isinstance(member.scale, Tensor) else float(member.scale) for member in members]
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What shapes and dtypes decide about a launch of the forward's or the input gradient's kernel."""
+
+    tiles: OnePassTiles
+    row_tiles: int
+    programs: int
+    rank_block: int
+    rank_chunks: int
+    k_parts: tuple[int, ...]
+    shares: int
+    left_stays: bool
+
+    @property
+    def workspace_size(self) -> int:
+        shares = len(self.k_parts) * max(self.k_parts) * self.rank_chunks
+        return shares * self.row_tiles * self.tiles.block_m * self.rank_block
+
+    @property
+    def counters(self) -> int:
+        """Enough for a set of its own for each member (forward) and for a common one (input gradient)."""
+        return 1 + len(self.k_parts) * (1 + self.row_tiles * (1 + self.rank_chunks))
+
+
+def plan_forward(
+    M: int, K: int, Ns: Sequence[int], rank: int, precision: Precision, tiles: OnePassTiles, programs: int
+) -> GroupPlan:
+    row_tiles, column_tiles = triton.cdiv(M, tiles.block_m), sum(triton.cdiv(N, tiles.block_n) for N in Ns)
+    block_r = rank_block(rank, precision)
+    chunks = triton.cdiv(rank, block_r)
+    programs = min(programs, row_tiles * column_tiles)
+    k_tiles = triton.cdiv(K, tiles.block_k)
+    k_parts, shares = share_out(programs, row_tiles, column_tiles, k_tiles, len(Ns) * chunks)
+    return GroupPlan(tiles, row_tiles, programs, block_r, chunks, (k_parts,) * len(Ns), shares, M * K <= NUMBERS_THAT_STAY)
+
+
+def plan_input(
+    M: int, K: int, Ns: Sequence[int], rank: int, precision: Precision, tiles: OnePassTiles, programs: int
+) -> GroupPlan:
+    row_tiles, column_tiles = triton.cdiv(M, tiles.block_m), triton.cdiv(K, tiles.block_n)
+    block_r = rank_block(rank, precision)
+    chunks = triton.cdiv(rank, block_r)
+    programs = min(programs, row_tiles * column_tiles)
+    steps = [triton.cdiv(N, tiles.block_k) for N in Ns]
+    k_parts, shares = group_share_out(programs, row_tiles, column_tiles, steps, chunks)
+    return GroupPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares, M * sum(Ns) <= NUMBERS_THAT_STAY)
+
+
+def up_block(columns: int, precision: Precision) -> int:
+    """The columns of all ranks side by side that the input gradient's epilogue multiplies with at once."""
+    return 16 if precision == "split" else min(64, 1 << (columns - 1).bit_length())

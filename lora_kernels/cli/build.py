@@ -1,0 +1,46 @@
+"""Compiles the parts in C++ and CUDA C++ for this machine's PyTorch, once: later processes load them from the cache."""
+
+import argparse
+
+from lora_kernels.cli.errors import UserError
+
+HELP = "compile the launch path, which makes eager steps cheaper, and with --cuda the CUDA backend"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of build."""
+    parser.add_argument("--cuda", action="store_true", help="compile the CUDA backend for this machine's GPU as well")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compiles what is not compiled yet.
+
+    Raises:
+        UserError: something is missing here, or a compiler failed; what it said is in the message.
+    """
+    from lora_kernels.backends import native_build
+
+    try:
+        module = native_build.build()
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"the launch path: {error}") from None
+    print(f"launch path   {module.__file__}")
+    if args.cuda:
+        print(f"CUDA backend  {_build_cuda()}")
+    return 0
+
+
+def _build_cuda() -> str:
+    import torch
+
+    from lora_kernels.backends import cuda_build
+
+    missing = cuda_build.missing() or cuda_build.nowhere()
+    if missing is None and not torch.cuda.is_available():
+        missing = "there is no GPU to compile for"
+    if missing is not None and not cuda_build.has_prebuilt():
+        raise UserError(f"the CUDA backend: {missing}")
+    try:
+        return str(cuda_build.load(torch.cuda.get_device_capability()).__file__)
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"the CUDA backend: {error}") from None

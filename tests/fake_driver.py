@@ -1,0 +1,209 @@
+"""A CUDA driver for machines without one: kernels are "compiled" and launched, and compute in plain PyTorch.
+
+What reaches a kernel comes out of the parameter buffer that a launch hands over, byte by byte, so a wrong layout, a
+stale address or a number of another call gives wrong values here as it would on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dropout import keep_mask
+
+_ADDRESS, _UINT, _INT, _SIZE = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_size_t
+_POINTER, _U64, _U32 = ctypes.POINTER, ctypes.c_uint64, ctypes.c_uint32
+_LAUNCH = ctypes.CFUNCTYPE(_INT, _ADDRESS, *[_UINT] * 7, _ADDRESS, _POINTER(_ADDRESS), _ADDRESS)
+_ENCODE = ctypes.CFUNCTYPE(
+    _INT, _ADDRESS, _INT, _UINT, _ADDRESS, _POINTER(_U64), _POINTER(_U64), _POINTER(_U32), _POINTER(_U32), *[_INT] * 4
+)
+_PARAMETER_INFO = ctypes.CFUNCTYPE(_INT, _ADDRESS, _SIZE, _POINTER(_SIZE), _POINTER(_SIZE))
+_IS_CAPTURING = ctypes.CFUNCTYPE(_INT, _ADDRESS, _POINTER(_INT))
+_CURRENT_STREAM = ctypes.CFUNCTYPE(_INT, ctypes.c_int32, _POINTER(_ADDRESS))
+_MAP = struct.Struct("<QQQQII")
+_FORMATS = {"i32": ("<i", 4), "fp32": ("<f", 4), "*": ("<Q", 8)}
+
+
+@dataclass
+class Launched:
+    """A launch: the kernel's name, and its arguments, pointers as addresses."""
+
+    name: str
+    arguments: dict[int, Any]
+    stream: int
+
+
+@dataclass
+class Compiled:
+    """What Triton knows of a compiled kernel, as far as direct.py asks; and the arguments that it was compiled for."""
+
+    function: int
+    name: str
+    options: dict[str, Any]
+    constants: dict[int, Any]
+    dtypes: dict[int, torch.dtype]
+    signature: dict[str, str]
+    boxes: list[Any]
+
+    @property
+    def metadata(self) -> SimpleNamespace:
+        return SimpleNamespace(num_warps=4, shared=1024, tensordesc_meta=self.boxes, global_scratch_size=0)
+
+    @property
+    def src(self) -> SimpleNamespace:
+        return SimpleNamespace(signature=self.signature)
+
+
+class FakeKernel:
+    """A kernel of Triton's as launch.py calls it: kernel[grid](*arguments, **options)."""
+
+    def __init__(self, driver: FakeDriver, name: str, unspecialized: tuple[int, ...]) -> None:
+        self._driver, self._name, self._unspecialized = driver, name, unspecialized
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return self._run
+
+    def _run(self, *arguments: Any, **options: Any) -> Compiled:
+        compiled = Compiled(len(self._driver.kernels) + 1, self._name, options, {}, {}, {}, [])
+        values: dict[int, Any] = {}
+        for index, value in enumerate(arguments):
+            kind = "i32" if isinstance(value, int) else "fp32"
+            if isinstance(value, Tensor):
+                compiled.dtypes[index], kind, values[index] = value.dtype, "*x", value.data_ptr()
+            elif hasattr(value, "block_shape"):
+                compiled.dtypes[index], kind, values[index] = value.base.dtype, "tensordesc<x>", value.base.data_ptr()
+                compiled.boxes.append({"block_size": value.block_shape, "swizzle": 3})
+            elif value is None or (value == 1 and kind == "i32" and index not in self._unspecialized):
+                compiled.constants[index], kind = value, "constexpr"
+            else:
+                values[index] = value if kind == "i32" else struct.unpack("<f", struct.pack("<f", value))[0]
+            compiled.signature[f"argument {index}"] = kind
+        self._driver.kernels.append(compiled)
+        self._driver.compute(compiled, values, stream=-1)
+        return compiled
+
+
+class FakeDriver:
+    """The functions of the driver, which serve Python and, by their addresses, C++."""
+
+    def __init__(self) -> None:
+        self.kernels: list[Compiled] = []
+        self.launches: list[Launched] = []
+        self.encoded = 0
+        self.capturing = False
+        self.one_pass = FakeKernel(self, "one_pass", (12, 13, 14, 18, 19, 20))
+        self.adapter_grads = FakeKernel(self, "adapter_grads", (9, 10, 16, 17))
+        self.cuLaunchKernel = _LAUNCH(self._launch)
+        self.cuTensorMapEncodeTiled = _ENCODE(self._encode)
+        self.cuFuncGetParamInfo = _PARAMETER_INFO(self._parameter_info)
+        self.cuStreamIsCapturing = _IS_CAPTURING(self._is_capturing)
+        self.current_stream = _CURRENT_STREAM(self._current_stream)
+
+    def addresses(self) -> list[int | None]:
+        functions = (self.cuLaunchKernel, self.cuTensorMapEncodeTiled, self.cuStreamIsCapturing, self.current_stream)
+        return [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+
+    def compute(self, compiled: Compiled, values: dict[int, Any], stream: int) -> None:
+        arguments = {i: values.get(i, compiled.constants.get(i)) for i in range(len(compiled.signature))}
+        self.launches.append(Launched(compiled.name, arguments, stream))
+        (_one_pass if compiled.name == "one_pass" else _adapter_grads)(compiled, arguments)
+
+    def _launch(self, function: int, *others: Any) -> int:
+        *_, stream, parameters, _ = others
+        compiled, values, position = self.kernels[function - 1], {}, 0
+        for index, kind in enumerate(compiled.signature.values()):
+            if kind == "constexpr":
+                continue
+            if kind.startswith("tensordesc"):
+                address, columns, rows, row_bytes, *_ = _MAP.unpack(ctypes.string_at(parameters[position], _MAP.size))
+                values[index] = (address, rows, columns, row_bytes)
+                position += 5
+                continue
+            form, size = _FORMATS["*" if kind.startswith("*") else kind]
+            (values[index],) = struct.unpack(form, ctypes.string_at(parameters[position], size))
+            position += 1
+        self.compute(compiled, values, stream or 0)
+        return 0
+
+    def _encode(
+        self, target: int, kind: int, rank: int, address: int, sizes: Any, strides: Any, box: Any, steps: Any, *_: int
+    ) -> int:
+        assert target % 64 == 0
+        assert (rank, steps[0], steps[1]) == (2, 1, 1)
+        self.encoded += 1
+        ctypes.memmove(target, _MAP.pack(address, sizes[0], sizes[1], strides[0], box[0], box[1]), _MAP.size)
+        return 0
+
+    def _parameter_info(self, function: int, index: int, offset: Any, size: Any) -> int:
+        sizes: list[int] = []
+        for kind in self.kernels[function - 1].signature.values():
+            if kind.startswith("tensordesc"):
+                sizes += [128, 4, 4, 8, 8]
+            elif kind != "constexpr":
+                sizes.append(_FORMATS["*" if kind.startswith("*") else kind][1])
+        sizes += [8, 8]
+        if index >= len(sizes):
+            return 1
+        size[0] = sizes[index]
+        return 0
+
+    def _is_capturing(self, stream: int, status: Any) -> int:
+        status[0] = int(self.capturing)
+        return 0
+
+    def _current_stream(self, device: int, stream: Any) -> int:
+        stream[0] = 77
+        return 0
+
+
+def _view(address: int, dtype: torch.dtype, rows: int, columns: int, row_stride: int, column_stride: int) -> Tensor:
+    count = 1 + (rows - 1) * row_stride + (columns - 1) * column_stride
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided((rows, columns), (row_stride, column_stride))
+
+
+def _one_pass(compiled: Compiled, a: dict[int, Any]) -> None:
+    dtypes, options, (M, N, K, R) = compiled.dtypes, compiled.options, (a[14], a[15], a[16], a[17])
+    transposed = options["W_IS_NK"]
+    shapes = {0: (M, K, a[21]), 1: (*((N, K) if transposed else (K, N)), a[22]), 2: (M, N, a[23])}
+    matrices = []
+    for index, (rows, columns, stride) in shapes.items():
+        address = a[index]
+        if isinstance(address, tuple):
+            address, *described = address
+            assert described == [rows, columns, stride * dtypes[index].itemsize]
+        matrices.append(_view(address, dtypes[index], rows, columns, stride, 1))
+    left, stored, out = matrices
+    down, up = _view(a[3], dtypes[3], K, R, a[24], a[25]), _view(a[4], dtypes[4], R, N, a[26], a[27])
+    s = _view(a[6], dtypes[6], M, R, a[28], 1)
+    assert int(_view(a[8], torch.int32, 1, 1, 1, 1)) == 0
+    x, up = left.double(), up.double()
+    seed = None if a[9] is None else _view(a[9], torch.int64, 1, 1, 1, 1).view(1)
+    if options["MASK_X"]:
+        x = torch.where(keep_mask(seed, M, K, a[12] / 65536), x, 0.0)
+    s.copy_(x @ down.double() * a[11])
+    branch = s.double() @ up
+    if options["MASK_OUT"]:
+        branch = torch.where(keep_mask(seed, M, N, a[12] / 65536), branch, 0.0)
+    total = left.double() @ (stored.T if transposed else stored).double() + branch
+    if options["HAS_BIAS"]:
+        total += _view(a[5], dtypes[5], 1, N, N, 1).double()
+    out.copy_(total)
+
+
+def _adapter_grads(compiled: Compiled, a: dict[int, Any]) -> None:
+    dtypes, options, (M, K, N, R) = compiled.dtypes, compiled.options, (a[10], a[11], a[12], a[13])
+    if options["WANT_A"]:
+        x = _view(a[0], dtypes[0], M, K, a[14], 1).double()
+        if options["MASKED"]:
+            x = torch.where(keep_mask(_view(a[8], torch.int64, 1, 1, 1, 1).view(1), M, K, a[9] / 65536), x, 0.0)
+        _view(a[4], dtypes[4], R, K, K, 1).copy_(_view(a[2], dtypes[2], M, R, R, 1).double().T @ x)
+    if options["WANT_B"]:
+        dy = _view(a[1], dtypes[1], M, N, a[15], 1).double()
+        _view(a[5], dtypes[5], N, R, R, 1).copy_(dy.T @ _view(a[3], dtypes[3], M, R, R, 1).double())

@@ -1,0 +1,185 @@
+"""The launch path in C++ on a GPU: the bits of the Python path, graphs, streams, threads and new batch sizes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, backends_of, grid
+from graphs import captured
+from launch_path import assert_same, bf16
+from test_autograd import LEAVES
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import LoRALinear, lora_linear, native
+from lora_kernels.backends import native_build
+
+pytest_plugins = ("launch_path",)
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def on_gpu(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The launch path as users get it, over Triton's own kernels."""
+    monkeypatch.setattr(native, "enabled", True)
+    monkeypatch.setattr(native, "linear", None)
+    monkeypatch.setattr(native, "_device_type", "cuda")
+    monkeypatch.setattr(native_build, "load", lambda: extension)
+    native._extension.cache_clear()
+    extension.clear()
+    assert native.why_not() is None
+    yield
+    native._extension.cache_clear()
+    extension.clear()
+
+
+def device_step(tensors: dict[str, Any], dy: Tensor, **options: Any) -> list[Tensor | None]:
+    leaves = {k: None if t is None else t.detach().requires_grad_(k != "weight") for k, t in tensors.items()}
+    torch.manual_seed(5)
+    y = lora_linear(**leaves, scaling=2.0, backend="triton", **options)
+    y.backward(dy)
+    return [y.detach(), *(None if leaves[name] is None else leaves[name].grad for name in LEAVES)]
+
+
+def is_native(y: Tensor) -> bool:
+    return not hasattr(y.grad_fn, "backend")
+
+
+GPU_CASES = [c for c in grid(True) if c.dtype in (bf16, torch.float16) and c.M > 0 and "triton" in backends_of(c, True)]
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_the_same_bits_on_a_gpu(case: Case, on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = case.tensors(torch.device("cuda", 0))
+    tensors = {k: v for k, v in vars(t).items() if k != "dy"}
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "enabled", False)
+        want = device_step(tensors, t.dy, dropout_p=case.dropout)
+    for _ in range(5):
+        assert_same(device_step(tensors, t.dy, dropout_p=case.dropout), want)
+    x = t.x.detach().requires_grad_()
+    y = lora_linear(x, t.weight, t.lora_A, t.lora_B, bias=t.bias, dropout_p=case.dropout, backend="triton")
+    assert is_native(y)
+
+
+def gpu_layer(dropout: float = 0.0) -> tuple[LoRALinear, Tensor]:
+    torch.manual_seed(1)
+    layer = LoRALinear(512, 512, 16, 32, dropout=dropout, device="cuda", dtype=bf16)
+    torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return layer, torch.randn(3, 128, 512, device="cuda", dtype=bf16, requires_grad=True)
+
+
+def gpu_step(layer: LoRALinear, x: Tensor) -> list[Tensor]:
+    y = layer(x)
+    gradients = torch.autograd.grad(y.float().square().sum(), [x, layer.lora_A, layer.lora_B])
+    return [y.detach(), *gradients]
+
+
+def warm(layer: LoRALinear, x: Tensor) -> None:
+    for _ in range(4):
+        gpu_step(layer, x)
+    assert is_native(layer(x))
+
+
+def test_a_captured_graph_replays(on_gpu: None) -> None:
+    layer, x = gpu_layer()
+    warm(layer, x)
+    graph, results = captured(partial(gpu_step, layer, x))
+    for seed in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        for got, want in zip(results, gpu_step(layer, x), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_each_replay_draws_a_new_mask(on_gpu: None) -> None:
+    layer, x = gpu_layer(dropout=0.5)
+    warm(layer, x)
+    graph, results = captured(partial(gpu_step, layer, x))
+    outputs = []
+    for _ in range(3):
+        graph.replay()
+        outputs.append(results[0].clone())
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_side_streams_and_graphs_side_by_side(on_gpu: None) -> None:
+    layers = [gpu_layer() for _ in range(3)]
+    for layer, x in layers:
+        warm(layer, x)
+    expected = [gpu_step(*layers[i]) for i in range(3)]
+    graphs = [captured(partial(gpu_step, *pair)) for pair in layers[:2]]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for (graph, _results), stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager = gpu_step(*layers[2])
+    torch.cuda.synchronize()
+    for got, want in zip([graphs[0][1], graphs[1][1], eager], expected, strict=True):
+        for value, reference in zip(got, want, strict=True):
+            assert torch.equal(value, reference)
+
+
+def test_a_new_batch_size_is_learned_without_compiling(on_gpu: None) -> None:
+    from lora_kernels.backends.triton.one_pass import one_pass_kernel
+
+    layer, _ = gpu_layer()
+    x = torch.randn(4096, 512, device="cuda", dtype=bf16)
+    for rows in (4096, 2048, 512, 64, 1):
+        warm(layer, x[:rows].detach().requires_grad_())
+    compiled = len(one_pass_kernel.device_caches[torch.cuda.current_device()][0])
+    for rows in (15, 16, 17, 128, 333, 1000, 4095):
+        left = x[:rows].detach().requires_grad_()
+        first = gpu_step(layer, left)
+        warm(layer, left)
+        for got, want in zip(gpu_step(layer, left), first, strict=True):
+            assert torch.equal(got, want)
+    assert len(one_pass_kernel.device_caches[torch.cuda.current_device()][0]) == compiled
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_on_a_gpu(reentrant: bool, on_gpu: None) -> None:
+    layer, x = gpu_layer(dropout=0.3)
+    results = []
+    for turn in range(6):
+        torch.manual_seed(3)
+        y = layer(x) if turn == 0 else checkpoint(layer, x, use_reentrant=reentrant)
+        y.float().square().sum().backward()
+        results.append([y.detach(), x.grad, layer.lora_A.grad, layer.lora_B.grad])
+        x.grad = layer.lora_A.grad = layer.lora_B.grad = None
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+def test_threads_on_a_gpu(on_gpu: None) -> None:
+    pairs = [gpu_layer() for _ in range(4)]
+    want = [gpu_step(*pair) for pair in pairs]
+    failed: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(50):
+                    got = gpu_step(*pairs[index])
+                torch.cuda.current_stream().synchronize()
+            assert_same(list(got), list(want[index]))
+        except BaseException as error:
+            failed.append(error)
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(pairs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed[0]
