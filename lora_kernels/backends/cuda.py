@@ -128,8 +128,8 @@ def one_pass(
 def _most_counters(M: int, N: int, rank: int, nf4: bool) -> int:
     """More than any kernel here counts in: some for each 64 rows of left and each 32 of the rank."""
     dense = 64 + (M // 64 + 4) * (2 + rank // 32)
-    # A packed weight streams past a few tokens: one for each 16 of its rows, and of the rank.
-    return max(dense, 4 + N // 16 + rank // 16) if nf4 else dense
+    # A packed weight streams past a few tokens: one for each 16 of its rows, rounded up in each block, and of the rank.
+    return max(dense, 2 * (4 + N // 16 + rank // 16)) if nf4 else dense
 
 
 def _mask(dropout: Dropout | None) -> tuple[Tensor | None, int]:
