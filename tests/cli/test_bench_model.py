@@ -80,17 +80,18 @@ def test_only_the_named_backend_runs_also_where_it_is_recomputed(monkeypatch: py
     from lora_kernels.backends import eager
 
     calls: list[str] = []
-    record = vars(eager.BACKEND)["forward"]
+    for name, functions in (("layer", eager.BACKEND), ("group", eager.BACKEND.group)):
+        record = vars(functions)["forward"]
 
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        calls.append("forward")
-        return record(*arguments, **keywords)
+        def counted(*arguments: Any, name: str = name, record: Any = record, **keywords: Any) -> Any:
+            calls.append(name)
+            return record(*arguments, **keywords)
 
-    monkeypatch.setitem(vars(eager.BACKEND), "forward", counted)
+        monkeypatch.setitem(vars(functions), "forward", counted)
     trained = Trained(MODEL_PROVIDERS["eager"], _base(), 4, checkpointing=True)
     trained.loss(torch.zeros(2, 16, dtype=torch.int64))
-    # Every layer's forward, and once more in the backward.
-    assert len(calls) == 2 * 2 * 7
+    # The forward of every layer, and once more in the backward; q, k and v are a group, and so are gate and up.
+    assert calls.count("layer") == calls.count("group") == 2 * 2 * 2
 
 
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

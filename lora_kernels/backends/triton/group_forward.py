@@ -17,15 +17,15 @@ import triton
 import triton.language as tl
 
 from lora_kernels.backends.triton.group_pieces import member_number, member_of, member_ref
-from lora_kernels.backends.triton.one_pass import (
-    _add_down,
-    _finish_tile,
-    _load_w,
-    _part_bounds,
-    _plain_tile,
-    _publish,
-)
 from lora_kernels.backends.triton.pieces import load_tile
+from lora_kernels.backends.triton.sharing import (
+    add_down,
+    finish_tile,
+    load_w,
+    part_bounds,
+    plain_tile,
+    publish,
+)
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "k_parts", "shares", "x_stays"])
@@ -74,7 +74,7 @@ def group_forward_kernel(
         giver = column // RANK_CHUNKS % MEMBERS
         chunk, part = column % RANK_CHUNKS, column // (RANK_CHUNKS * MEMBERS)
         row0, column0 = pid_m * BLOCK_M, pid_n * BLOCK_N
-        first, last = _part_bounds(part, k_parts, k_tiles)
+        first, last = part_bounds(part, k_parts, k_tiles)
         N = member_number(member, N0, N1, N2, MEMBERS)
         R = member_number(giver, R0, R1, R2, MEMBERS)
         stride_w = member_number(member, stride_w0, stride_w1, stride_w2, MEMBERS)
@@ -88,18 +88,18 @@ def group_forward_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for ki in tl.range(0, lead):
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
-            w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+            w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
         share = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for ki in tl.range(first, last):
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
-            w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+            w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-            share = _add_down(x, down_ptr, 1, K, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, seed_ptr,
+            share = add_down(x, down_ptr, 1, K, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, seed_ptr,
                               threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
         total_ptr = sync_ptr + 1 + giver * counters
         ready_ptr = total_ptr + 1
-        _publish(share, workspace_ptr + giver * share_size, ready_ptr + row_tiles, ready_ptr, total_ptr,
+        publish(share, workspace_ptr + giver * share_size, ready_ptr + row_tiles, ready_ptr, total_ptr,
                  member_number(giver, s0_ptr, s1_ptr, s2_ptr, MEMBERS), R,
                  member_number(giver, scale0, scale1, scale2, MEMBERS), pid_m, chunk, part, RANK_CHUNKS, k_parts,
                  row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
@@ -107,7 +107,7 @@ def group_forward_kernel(
         for step in tl.range(last, k_tiles + first - lead):
             ki = tl.where(step < k_tiles, step, step - k_tiles)
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
-            w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+            w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
         _finish_member_tile(
             0, acc, member, pid_m, pid_n, x_ref, out0_ref, out1_ref, out2_ref, down0_ptr, down1_ptr, down2_ptr, up0_ptr,
@@ -131,13 +131,13 @@ def group_forward_kernel(
             ki = tl.where(ki == k_tiles - 1, 0, ki + 1)
             if ki == 0:
                 tile += programs
-                pid_m, column = _plain_tile(tile - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
+                pid_m, column = plain_tile(tile - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
                 member, first_column = member_of(column, tiles0, tiles1, MEMBERS)
                 pid_n = column - first_column
             w_ref = member_ref(member, w0_ref, w1_ref, w2_ref, MEMBERS)
             x = load_tile(x_ref, stride_xm, pid_m * BLOCK_M, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
             # A descriptor knows W's stride and N.
-            w = _load_w(w_ref, 0, ki * BLOCK_K, pid_n * BLOCK_N, K, 0, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+            w = load_w(w_ref, 0, ki * BLOCK_K, pid_n * BLOCK_N, K, 0, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             if ki == k_tiles - 1:
                 stored = _finish_member_tile(
@@ -149,7 +149,7 @@ def group_forward_kernel(
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     else:
         for index in tl.range(0, mine, num_stages=1):
-            pid_m, column = _plain_tile(tile + index * programs - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
+            pid_m, column = plain_tile(tile + index * programs - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
             member, first_column = member_of(column, tiles0, tiles1, MEMBERS)
             pid_n = column - first_column
             N = member_number(member, N0, N1, N2, MEMBERS)
@@ -158,7 +158,7 @@ def group_forward_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for ki in tl.range(0, k_tiles):
                 x = load_tile(x_ref, stride_xm, pid_m * BLOCK_M, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
-                w = _load_w(w_ref, stride_w, ki * BLOCK_K, pid_n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+                w = load_w(w_ref, stride_w, ki * BLOCK_K, pid_n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
                 acc = tl.dot(x, w, acc, input_precision=PRECISION)
             stored = _finish_member_tile(
                 stored, acc, member, pid_m, pid_n, x_ref, out0_ref, out1_ref, out2_ref, down0_ptr, down1_ptr,
@@ -184,7 +184,7 @@ def _finish_member_tile(
     RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """_finish_tile with what belongs to the tile's member. Returns `stored` with that member's bit."""
+    """finish_tile with what belongs to the tile's member. Returns `stored` with that member's bit."""
     total_ptr = sync_ptr + 1 + member * counters
     N = member_number(member, N0, N1, N2, MEMBERS)
     R = member_number(member, R0, R1, R2, MEMBERS)
@@ -194,7 +194,7 @@ def _finish_member_tile(
     seed_ptr = seed0_ptr
     if MASK_X:
         seed_ptr = member_number(member, seed0_ptr, seed1_ptr, seed2_ptr, MEMBERS)
-    all_stored = _finish_tile(
+    all_stored = finish_tile(
         (stored >> member) % 2 == 1, acc, pid_m, pid_n, x_ref, member_ref(member, out0_ref, out1_ref, out2_ref, MEMBERS),
         member_number(member, down0_ptr, down1_ptr, down2_ptr, MEMBERS),
         member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS), bias_ptr,

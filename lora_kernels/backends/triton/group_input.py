@@ -16,21 +16,21 @@ import triton
 import triton.language as tl
 
 from lora_kernels.backends.triton.group_pieces import member_number, member_of, member_ref
-from lora_kernels.backends.triton.one_pass import (
-    MASKED_COLUMNS,
-    _add_down,
-    _add_masked_up,
-    _add_up,
-    _all_ready,
-    _compute_s,
-    _halves,
-    _load_s,
-    _load_w,
-    _part_bounds,
-    _plain_tile,
-    _publish,
-)
 from lora_kernels.backends.triton.pieces import load_tile, store_tile
+from lora_kernels.backends.triton.sharing import (
+    MASKED_COLUMNS,
+    add_down,
+    add_masked_up,
+    add_up,
+    all_ready,
+    compute_s,
+    halves,
+    load_s,
+    load_w,
+    part_bounds,
+    plain_tile,
+    publish,
+)
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _multiply_step(acc, step, row0, column0, dy0_ref, dy1_ref, dy2_ref, w0_ref, 
     dy = load_tile(member_ref(member, dy0_ref, dy1_ref, dy2_ref, MEMBERS),
                    member_number(member, stride_dy0, stride_dy1, stride_dy2, MEMBERS), row0, k0, M, N, BLOCK_M, BLOCK_K,
                    USE_TMA)  # fmt: skip
-    w = _load_w(member_ref(member, w0_ref, w1_ref, w2_ref, MEMBERS),
+    w = load_w(member_ref(member, w0_ref, w1_ref, w2_ref, MEMBERS),
                 member_number(member, stride_w0, stride_w1, stride_w2, MEMBERS), k0, column0, N, K, BLOCK_K, BLOCK_N,
                 W_IS_NK, USE_TMA)  # fmt: skip
     return tl.dot(dy, w, acc, input_precision=PRECISION)
@@ -61,7 +61,7 @@ def _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2
     for member in tl.range(0, MEMBERS, num_stages=1):
         N = member_number(member, N0, N1, N2, MEMBERS)
         R = member_number(member, R0, R1, R2, MEMBERS)
-        _compute_s(pid_m, member_ref(member, dy0_ref, dy1_ref, dy2_ref, MEMBERS),
+        compute_s(pid_m, member_ref(member, dy0_ref, dy1_ref, dy2_ref, MEMBERS),
                    member_number(member, down0_ptr, down1_ptr, down2_ptr, MEMBERS),
                    member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), None,
                    member_number(member, scale0, scale1, scale2, MEMBERS), 0, M, N, R, tl.cdiv(N, BLOCK_K),
@@ -90,8 +90,8 @@ def _add_all_up(acc, stored, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t
             # Of one member.
             member, r0 = index * BLOCK_U // SLOT, index * BLOCK_U % SLOT
             R = member_number(member, R0, R1, R2, MEMBERS)
-            t = _load_s(stored, member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), R, row0, r0, M, R, BLOCK_M, BLOCK_U)
-            acc = _add_up(acc, t, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS), K, 1, r0, column0, R, K, DTYPE,
+            t = load_s(stored, member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), R, row0, r0, M, R, BLOCK_M, BLOCK_U)
+            acc = add_up(acc, t, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS), K, 1, r0, column0, R, K, DTYPE,
                           BLOCK_U, BLOCK_N, SPLIT, PRECISION, True)  # fmt: skip
         else:
             t, up = _load_side_by_side(stored, index * BLOCK_U, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr,
@@ -129,7 +129,7 @@ def _add_all_masked_up(acc, stored, pid_m, column0, up0_ptr, up1_ptr, up2_ptr, t
     """acc + the sum over members of mask_i(T_i A_i)."""
     for member in tl.range(0, MEMBERS, num_stages=1):
         R = member_number(member, R0, R1, R2, MEMBERS)
-        acc = _add_masked_up(acc, stored, pid_m, column0, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS),
+        acc = add_masked_up(acc, stored, pid_m, column0, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS),
                              member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS),
                              member_number(member, seed0_ptr, seed1_ptr, seed2_ptr, MEMBERS), threshold, M, K, R, K, 1, R,
                              BLOCK_M, BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
@@ -145,20 +145,20 @@ def _finish_dx_tile(
     BLOCK_U: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the adapters give to a finished sum of dy_i W_i and writes it; as _finish_tile of the one-pass kernel."""
+    """Adds what the adapters give to a finished sum of dy_i W_i and writes it; as finish_tile of the one-pass kernel."""
     CHUNKS: tl.constexpr = MEMBERS * RANK_CHUNKS
     HALF: tl.constexpr = BLOCK_N // 2
     row0 = pid_m * BLOCK_M
     left0 = pid_n * BLOCK_N
     stored = True
     if not all_stored:
-        stored = _all_ready(ready_ptr + pid_m, CHUNKS, spin_limit)
+        stored = all_ready(ready_ptr + pid_m, CHUNKS, spin_limit)
         if not stored:
             _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr, t0_ptr, t1_ptr, t2_ptr, scale0,
                            scale1, scale2, M, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, stride_dy0, stride_dy1,
                            stride_dy2, MEMBERS, BLOCK_M, BLOCK_K, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
                            USE_TMA)  # fmt: skip
-            # The threads must meet between the stores and the loads of T: _finish_tile says why by an atomic.
+            # The threads must meet between the stores and the loads of T: finish_tile says why by an atomic.
             stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
         all_stored = tl.atomic_add(total_ptr, 0, sem="acquire") == tl.cdiv(M, BLOCK_M) * CHUNKS
     if MASKED:
@@ -166,12 +166,12 @@ def _finish_dx_tile(
             acc = _add_all_masked_up(acc, stored, pid_m, left0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, seed0_ptr,
                                      seed1_ptr, seed2_ptr, threshold, M, K, R0, R1, R2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_R,
                                      RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
         for side in tl.static_range(2):
             half = left if side == 0 else right
             half0 = left0 + side * HALF
             if HALF > MASKED_COLUMNS:
-                first, second = _halves(half, BLOCK_M, HALF)
+                first, second = halves(half, BLOCK_M, HALF)
                 first = _add_all_masked_up(first, stored, pid_m, half0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr,
                                            seed0_ptr, seed1_ptr, seed2_ptr, threshold, M, K, R0, R1, R2, MEMBERS, BLOCK_M,
                                            HALF // 2, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
@@ -187,7 +187,7 @@ def _finish_dx_tile(
     else:
         acc = _add_all_up(acc, stored, row0, left0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, M, K, R0, R1, R2,
                           MEMBERS, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_U, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
         store_tile(out_ref, K, row0, left0, M, K, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
         store_tile(out_ref, K, row0, left0 + HALF, M, K, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)
     return all_stored
@@ -241,7 +241,7 @@ def group_input_kernel(
         chunk, part = (pid_n - first_item) % RANK_CHUNKS, (pid_n - first_item) // RANK_CHUNKS
         N = member_number(giver, N0, N1, N2, MEMBERS)
         R = member_number(giver, R0, R1, R2, MEMBERS)
-        first, last = _part_bounds(part, k_parts, tl.cdiv(N, BLOCK_K))
+        first, last = part_bounds(part, k_parts, tl.cdiv(N, BLOCK_K))
         before = member_number(giver, 0, steps0, steps0 + steps1, MEMBERS)
         dy_ref = member_ref(giver, dy0_ref, dy1_ref, dy2_ref, MEMBERS)
         w_ref = member_ref(giver, w0_ref, w1_ref, w2_ref, MEMBERS)
@@ -258,13 +258,13 @@ def group_input_kernel(
         share = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for ki in tl.range(first, last):
             dy = load_tile(dy_ref, stride_dy, row0, ki * BLOCK_K, M, N, BLOCK_M, BLOCK_K, USE_TMA)
-            w = _load_w(w_ref, stride_w, ki * BLOCK_K, column0, N, K, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+            w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, N, K, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(dy, w, acc, input_precision=PRECISION)
-            share = _add_down(dy, down_ptr, R, 1, ki * BLOCK_K, chunk * BLOCK_R, N, R, share, row0, None, 0, BLOCK_M,
+            share = add_down(dy, down_ptr, R, 1, ki * BLOCK_K, chunk * BLOCK_R, N, R, share, row0, None, 0, BLOCK_M,
                               BLOCK_K, BLOCK_R, False, SPLIT, PRECISION)  # fmt: skip
         # Counted, and kept in the workspace, as chunks of the whole group.
         chunks_before = giver * RANK_CHUNKS * BLOCK_R
-        _publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr,
+        publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr,
                  member_number(giver, t0_ptr, t1_ptr, t2_ptr, MEMBERS) - chunks_before, R,
                  member_number(giver, scale0, scale1, scale2, MEMBERS), pid_m, giver * RANK_CHUNKS + chunk, part, CHUNKS,
                  k_parts, row_tiles, M, R + chunks_before, BLOCK_M, BLOCK_R)  # fmt: skip
@@ -294,7 +294,7 @@ def group_input_kernel(
             step = tl.where(step == steps - 1, 0, step + 1)
             if step == 0:
                 tile += programs
-                pid_m, pid_n = _plain_tile(tile - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
+                pid_m, pid_n = plain_tile(tile - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
             acc = _multiply_step(acc, step, pid_m * BLOCK_M, pid_n * BLOCK_N, dy0_ref, dy1_ref, dy2_ref, w0_ref, w1_ref,
                                  w2_ref, M, K, N0, N1, N2, steps0, steps1, stride_dy0, stride_dy1, stride_dy2, stride_w0,
                                  stride_w1, stride_w2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K, W_IS_NK, PRECISION,
@@ -309,7 +309,7 @@ def group_input_kernel(
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     else:
         for index in tl.range(0, mine, num_stages=1):
-            pid_m, pid_n = _plain_tile(tile + index * programs - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
+            pid_m, pid_n = plain_tile(tile + index * programs - shared_tiles, row_tiles, column_tiles, shares, GROUP_M)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for step in tl.range(0, steps):
                 acc = _multiply_step(acc, step, pid_m * BLOCK_M, pid_n * BLOCK_N, dy0_ref, dy1_ref, dy2_ref, w0_ref,

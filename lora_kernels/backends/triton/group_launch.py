@@ -27,8 +27,8 @@ from lora_kernels.backends.triton.group_operands import (
     up_block,
 )
 from lora_kernels.backends.triton.launch import (
-    _TYPES,
     SPIN_LIMIT,
+    TYPES,
     Launch,
     alignment,
     dot_precision,
@@ -285,7 +285,7 @@ def _options(plan: GroupPlan, count: int, dtype: torch.dtype, precision: Precisi
         "SPLIT": precision == "split",
         "PRECISION": dot_precision(dtype),
         "USE_TMA": tiles.use_tma,
-        "DTYPE": _TYPES[dtype],
+        "DTYPE": TYPES[dtype],
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }

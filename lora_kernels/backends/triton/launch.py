@@ -27,7 +27,7 @@ from lora_kernels.backends.triton.tiles import (
 )
 from lora_kernels.dropout import Dropout
 
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Looks at a flag take about a microsecond each: a sharing tile has long published by then, if it runs at all.
 SPIN_LIMIT = 300
 # Of x, for which L2 is a cache. An H100's is two halves of 25 MB, each of which has its own copies.
@@ -251,7 +251,7 @@ def _plan_launch(
         "SPLIT": precision == "split",
         "PRECISION": dot_precision(dtype),
         "USE_TMA": tiles.use_tma,
-        "DTYPE": _TYPES[dtype],
+        "DTYPE": TYPES[dtype],
         # With the mask in its epilogue, the flat loop's products would no longer overlap (ptxas C7515).
         "FLATTEN": tiles.use_tma and not mask_out,
         "num_warps": tiles.num_warps,

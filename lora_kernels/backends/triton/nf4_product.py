@@ -35,8 +35,8 @@ import triton
 import triton.language as tl
 
 from lora_kernels.backends.triton.nf4 import code_shifts, decode_codes, lane_table, load_scales
-from lora_kernels.backends.triton.one_pass import _add_down, _part_bounds, _publish
 from lora_kernels.backends.triton.pieces import keep_tile, load_tile, split_products
+from lora_kernels.backends.triton.sharing import add_down, part_bounds, publish
 
 
 @triton.jit
@@ -63,11 +63,11 @@ def _part_of_s(part, s_parts, row0, r0, x_ptr, stride_xm, down_ptr, stride_dl, s
                BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, MASK_X: tl.constexpr,
                SPLIT: tl.constexpr):  # fmt: skip
     """mask(X) D over one part of the reduction: a float32 tile [BLOCK_M, BLOCK_R]."""
-    first, last = _part_bounds(part, s_parts, tl.cdiv(L, BLOCK_L))
+    first, last = part_bounds(part, s_parts, tl.cdiv(L, BLOCK_L))
     s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for li in tl.range(first, last):
         x = load_tile(x_ptr, stride_xm, row0, li * BLOCK_L, M, L, BLOCK_M, BLOCK_L, False)
-        s = _add_down(x, down_ptr, stride_dl, stride_dr, li * BLOCK_L, r0, L, R, s, row0, seed_ptr, threshold,
+        s = add_down(x, down_ptr, stride_dl, stride_dr, li * BLOCK_L, r0, L, R, s, row0, seed_ptr, threshold,
                       BLOCK_M, BLOCK_L, BLOCK_R, MASK_X, SPLIT, "tf32")  # fmt: skip
     return s
 
@@ -97,7 +97,7 @@ def _part_of_product(pid_m, pid_c, part, parts, x_ptr, stride_xm, words_ptr, abs
     row_words = K // 32 * 4
     x_rows = tl.minimum(pid_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)[:, None]
     x_ptrs = x_ptr + x_rows * stride_xm + tl.arange(0, BLOCK_L)[None, :]
-    first, last = _part_bounds(part, parts, tl.cdiv(L, BLOCK_L))
+    first, last = part_bounds(part, parts, tl.cdiv(L, BLOCK_L))
     acc = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
     for li in tl.range(first, last):
         row0, column0 = (pid_c * BLOCK_C, li * BLOCK_L) if FORWARD else (li * BLOCK_L, pid_c * BLOCK_C)
@@ -139,7 +139,7 @@ def _last_to_arrive(acc, part, parts, tile_ptr, arrived_ptr, BLOCK_M: tl.constex
 
 
 @triton.jit
-def _finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, seed_ptr, threshold,
+def finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, seed_ptr, threshold,
                  M, C, R, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr,
                  MASK_OUT: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """Adds mask(S U) and the bias to a transposed tile of X op(W) and writes it."""
@@ -202,7 +202,7 @@ def nf4_product_kernel(
         part, chunk = share // RANK_CHUNKS, share % RANK_CHUNKS
         s = _part_of_s(part, s_parts, pid_m * BLOCK_M, chunk * BLOCK_R, x_ptr, stride_xm, down_ptr, stride_dl, stride_dr,
                        seed_ptr, threshold, M, L, R, BLOCK_M, BLOCK_L, BLOCK_R, MASKED and FORWARD, SPLIT)  # fmt: skip
-        _publish(s, workspace_ptr, s_arrived_ptr, ready_ptr, total_ptr, s_ptr, R, scale, pid_m, chunk, part, RANK_CHUNKS,
+        publish(s, workspace_ptr, s_arrived_ptr, ready_ptr, total_ptr, s_ptr, R, scale, pid_m, chunk, part, RANK_CHUNKS,
                  s_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
     else:
         # The row blocks of one tile of W run side by side, so that L2 has it for all but the first.
@@ -219,7 +219,7 @@ def nf4_product_kernel(
             tile_ptr += tile.to(tl.int64) * parts * (BLOCK_M * BLOCK_C)
             last, acc = _last_to_arrive(acc, part, parts, tile_ptr, arrived_ptr + tile, BLOCK_M, BLOCK_C)
         if last:
-            _finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, seed_ptr,
+            finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, seed_ptr,
                          threshold, M, C, R, BLOCK_M, BLOCK_C, BLOCK_R, RANK_CHUNKS, MASKED and not FORWARD, SPLIT)  # fmt: skip
             tl.debug_barrier()
             if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == row_tiles * column_tiles - 1:
