@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import pytest
@@ -17,19 +16,11 @@ from lora_kernels.dropout import Dropout, keep_mask
 pytestmark = pytest.mark.gpu
 
 if HAS_GPU:
-    import triton
-    import triton.language as tl
+    from contention import while_held
 
     from lora_kernels.backends import sync
     from lora_kernels.backends.triton import launch
     from lora_kernels.backends.triton.one_pass import one_pass_kernel
-
-    @triton.jit
-    def hold_multiprocessors(flag_ptr, limit):
-        """Keeps its multiprocessor busy until the flag is raised, or for `limit` looks at it."""
-        looks = 0
-        while (tl.load(flag_ptr, volatile=True) == 0) & (looks < limit):
-            looks += 1
 
 
 CASE = Case(4096, 1024, 2048, 16, torch.bfloat16)
@@ -70,26 +61,7 @@ def test_a_masked_branch_is_right_in_all_tiles_at_every_rank(tiles: OnePassTiles
 @pytest.mark.parametrize("held", [32, 110, 128])
 def test_finishes_while_another_kernel_holds_multiprocessors(held: int) -> None:
     expected = forward(CASE)
-    flag = torch.zeros(1, dtype=torch.int32, device="cuda")
-    holder, main = torch.cuda.Stream(), torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(holder):
-        # 1024 threads beside a kernel that takes every register of a multiprocessor: they cannot share one.
-        hold_multiprocessors[(held,)](flag, 1 << 24, num_warps=32)
-    with torch.cuda.stream(main):
-        got = forward(CASE)
-        done = torch.cuda.Event()
-        done.record()
-    end = time.monotonic() + 10
-    while not done.query() and time.monotonic() < end:
-        time.sleep(0.001)
-    finished, still_held = done.query(), not holder.query()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        flag.fill_(1)
-    torch.cuda.synchronize()
-    assert still_held, "the holder ended too early to show anything"
-    assert finished, "the kernel waited for multiprocessors that another kernel held"
-    for value, want in zip(got, expected, strict=True):
+    for value, want in zip(while_held(held, lambda: forward(CASE)), expected, strict=True):
         assert torch.equal(value, want)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from cases import HAS_GPU
-from graphs import captured
 from tolerance import assert_as_exact_as_peft, peft_sequence
 from torch import Tensor
 
@@ -18,20 +16,13 @@ from lora_kernels.dropout import Dropout, drop_threshold, inverse_keep, keep_mas
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import triton
-import triton.language as tl
 
-from lora_kernels.backends import sync
 from lora_kernels.backends.triton import group_launch, group_operands
-from lora_kernels.backends.triton.group_forward import group_forward_kernel
-from lora_kernels.backends.triton.group_grads import group_grads_kernel
-from lora_kernels.backends.triton.group_input import group_input_kernel
 from lora_kernels.backends.triton.tiles import (
     INTERPRETER,
     MAX_PARTS,
     Chip,
     candidates,
-    chip_of,
     group_share_out,
     group_tiles,
 )
@@ -291,99 +282,3 @@ def test_tiles_are_chosen_for_the_waves_of_all_members() -> None:
     assert group_tiles(HOPPER, 2, True, 2048, [4096, 1024, 1024]).block_n == 256
     for Ns in ([64], [64, 64]):
         assert group_tiles(INTERPRETER, 2, False, 64, Ns) in candidates(INTERPRETER, 2, False)
-
-
-LARGE = GroupCase(4096, 1024, (1024, 256, 256), (16, 16, 16))
-
-
-@triton.jit
-def hold_multiprocessors(flag_ptr, limit):
-    """Keeps its multiprocessor busy until the flag is raised, or for `limit` looks at it."""
-    looks = 0
-    while (tl.load(flag_ptr, volatile=True) == 0) & (looks < limit):
-        looks += 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("held", [32, 110, 128])
-def test_finishes_while_another_kernel_holds_multiprocessors(held: int, dropout: float) -> None:
-    case = replace(LARGE, dropout=dropout)
-    group = case.tensors(torch.device("cuda", 0))
-    expected = computed(case, group)
-    flag = torch.zeros(1, dtype=torch.int32, device="cuda")
-    holder, main = torch.cuda.Stream(), torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(holder):
-        # 1024 threads beside a kernel that takes every register of a multiprocessor: they cannot share one.
-        hold_multiprocessors[(held,)](flag, 1 << 24, num_warps=32)
-    with torch.cuda.stream(main):
-        got = computed(case, group)
-        done = torch.cuda.Event()
-        done.record()
-    end = time.monotonic() + 10
-    while not done.query() and time.monotonic() < end:
-        time.sleep(0.001)
-    finished, still_held = done.query(), not holder.query()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        flag.fill_(1)
-    torch.cuda.synchronize()
-    assert still_held, "the holder ended too early to show anything"
-    assert finished, "a kernel waited for multiprocessors that another kernel held"
-    for name, value in got.items():
-        assert torch.equal(value, expected[name]), name
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_captured_graph_replays(dropout: float) -> None:
-    case = replace(LARGE, M=777, dropout=dropout)
-    group = case.tensors(torch.device("cuda", 0))
-    graph, results = captured(lambda: computed(case, group))
-    for seed in range(3):
-        generator = torch.Generator("cuda").manual_seed(seed)
-        for t in (group.x, *group.dys):
-            t.copy_(torch.randn(t.shape, generator=generator, device="cuda"))
-        graph.replay()
-        expected = computed(case, group)
-        for name, value in results.items():
-            assert torch.equal(value, expected[name]), name
-
-
-@pytest.mark.gpu
-def test_the_counters_are_zero_after_every_launch() -> None:
-    for case in (LARGE, replace(LARGE, ranks=(256, 16, 64)), replace(LARGE, M=333, Ns=(64, 72), ranks=(512, 16))):
-        computed(case, case.tensors(torch.device("cuda", 0)))
-        torch.cuda.synchronize()
-        assert all(int(piece.abs().sum()) == 0 for piece in sync._pieces.values())
-
-
-def compiled_variants() -> int:
-    device = torch.cuda.current_device()
-    kernels = (group_forward_kernel, group_input_kernel, group_grads_kernel)
-    return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
-
-
-@pytest.mark.gpu
-def test_a_new_batch_size_compiles_nothing() -> None:
-    chip = chip_of(torch.device("cuda", 0))
-    tiles = group_tiles(chip, 2, True, LARGE.M, LARGE.Ns)
-    computed(LARGE, LARGE.tensors(torch.device("cuda", 0)), tiles=tiles)
-    before = compiled_variants()
-    for rows in (1, 2, 15, 16, 17, 128, 333, 1000, 2048, 4095):
-        case = replace(LARGE, M=rows)
-        computed(case, case.tensors(torch.device("cuda", 0)), tiles=tiles)
-    assert compiled_variants() == before
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rank", [16, 64])
-@pytest.mark.parametrize("use_tma", [True, False])
-def test_every_configuration_of_this_gpu_is_right(use_tma: bool, rank: int) -> None:
-    case = GroupCase(700, 512, (768, 256, 264), (rank, 8, rank), dropout=0.1)
-    for dropout in (0.0, 0.1):
-        case = replace(case, dropout=dropout)
-        group = case.tensors(torch.device("cuda", 0))
-        exact, peft = by_autograd(case, group, True), by_autograd(case, group, False)
-        for tiles in candidates(chip_of(torch.device("cuda", 0)), 2, use_tma):
-            assert_as_exact_as_peft(computed(case, group, tiles=tiles), peft, exact)
