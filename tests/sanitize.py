@@ -7,7 +7,7 @@ import sys
 import torch
 from cases import Case
 
-from lora_kernels import NF4Weight, lora_linear
+from lora_kernels import NF4Weight, lora_gated_mlp, lora_linear, lora_linear_group
 
 CASES = [
     Case(200, 192, 136, 16, torch.bfloat16),
@@ -27,6 +27,13 @@ NF4_CASES = [
 ]
 
 
+# Two members of a group, or gate and up and, transposed, the down projection.
+GROUP_CASES = [
+    (Case(200, 192, 136, 16, torch.bfloat16), Case(200, 192, 72, 24, torch.bfloat16)),
+    (Case(130, 100, 70, 80, torch.float16, dropout=0.3), Case(130, 100, 70, 8, torch.float16, dropout=0.3)),
+]
+
+
 def run(case: Case, weight: torch.Tensor | NF4Weight, backend: str) -> None:
     t = case.tensors(torch.device("cuda", 0))
     leaves = [v.requires_grad_() for v in (t.x, t.lora_A, t.lora_B)]
@@ -36,6 +43,21 @@ def run(case: Case, weight: torch.Tensor | NF4Weight, backend: str) -> None:
     print(f"{case} ran on {backend}, {type(weight).__name__}", flush=True)
 
 
+def run_group(cases: tuple[Case, ...], backend: str) -> None:
+    tensors = [case.tensors(torch.device("cuda", 0)) for case in cases]
+    x, dropout = tensors[0].x.requires_grad_(), cases[0].dropout
+    members = [(t.weight, t.lora_A.requires_grad_(), t.lora_B.requires_grad_(), 2.0, t.bias) for t in tensors]
+    leaves = [x, *(adapter for member in members for adapter in member[1:3])]
+    ys = lora_linear_group(x, members, dropout_p=dropout, backend=backend)
+    torch.autograd.grad(ys, leaves, [t.dy for t in tensors])
+    gate, (weight, lora_A, lora_B, *_) = members[0], members[0]
+    down = (weight.T, lora_B.T, lora_A.T, 2.0)
+    y = lora_gated_mlp(x, gate, gate, down, dropout_p=dropout, backend=backend)
+    torch.autograd.grad(y.float().square().sum(), [x, lora_A, lora_B])
+    torch.cuda.synchronize()
+    print(f"{' and '.join(map(str, cases))} ran on {backend}, as a group and a gated MLP", flush=True)
+
+
 def main() -> None:
     device = torch.device("cuda", 0)
     for backend in sys.argv[1:] or ["triton", "cuda"]:
@@ -43,6 +65,8 @@ def main() -> None:
             run(case, case.tensors(device).weight, backend)
         for case in NF4_CASES:
             run(case, NF4Weight.quantize(case.tensors(device).weight), backend)
+        for cases in GROUP_CASES:
+            run_group(cases, backend)
 
 
 if __name__ == "__main__":
