@@ -48,6 +48,27 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (out / name).read_bytes().startswith(PNG_SIGNATURE)
 
 
+def test_a_group_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*SMALL, "--group", "5x48x40+17+8", "5x48x40+17", "--ranks", "3"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    found = read_results(tmp_path / RESULTS_FILE)
+    three = Case(5, 48, 40, 3, dtype="float32", adapters="float32", others=(17, 8))
+    assert {m.case for m in found.measurements} == {three, replace(three, others=(17,))}
+    assert {(m.provider, m.part) for m in found.measurements} == {
+        (provider, part) for provider in ("frozen", "eager", "peft") for part in ("forward", "step")
+    }
+    assert [m.reason for m in found.measurements if m.times is None] == []
+    printed = capsys.readouterr().out
+    assert "5x48x40+17+8 r3 float32" in printed
+    for name in ("ratios-cpu-eager.png", "roofline-cpu-eager.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG_SIGNATURE)
+
+    # Every figure is found again in the JSON of the same groups.
+    again = [*argv, "--no-plots", "--out", str(tmp_path / "now"), "--baseline", str(tmp_path / RESULTS_FILE)]
+    assert main(again) in (0, command.EXIT_WORSE)
+    assert "8 figures compared, 0 have no counterpart" in capsys.readouterr().out
+
+
 def test_cpu_time(tmp_path: Path) -> None:
     assert main([*SMALL, "--shapes", "5x48x40", "--cpu-time", "--no-plots", "--out", str(tmp_path)]) == 0
     found = read_results(tmp_path / RESULTS_FILE).measurements
@@ -129,8 +150,13 @@ def test_interrupt_leaves_what_was_finished(tmp_path: Path) -> None:
     [
         (["--shapes", "1x2"], "must be MxKxN, three whole numbers from 1 up, not '1x2'"),
         (["--shapes", "0x2x3"], "must be MxKxN"),
+        (["--group", "1x2x3"], "must be MxKxN+N, whole numbers from 1 up and two N or more, not '1x2x3'"),
+        (["--group", "1x2x3+0"], "must be MxKxN+N"),
+        (["--group", "1x2x3+"], "must be MxKxN+N"),
+        (["--group", "1x2x3+4", "--shapes", "1x2x3"], "not allowed with"),
+        (["--m", "8", "--group", "1x2x3+4"], "--m goes with --projections: --group has its own"),
         (["--providers", "nosuch"], "--providers nosuch: must be of frozen, bitsandbytes, peft"),
-        (["--ranks", "8"], "--ranks goes with --shapes or --projections"),
+        (["--ranks", "8"], "--ranks goes with --shapes, --group or --projections"),
         (["--m", "8", "--shapes", "1x2x3"], "--m goes with --projections"),
         (["--layers", "2"], "--layers goes with --model"),
         (["--no-checkpointing"], "--no-checkpointing goes with --model"),

@@ -86,6 +86,15 @@ def test_a_baseline_of_another_gpu_is_refused() -> None:
     require_comparable(results(), {"device": "NVIDIA H100"})
 
 
+def test_files_from_before_there_were_groups_are_read(tmp_path: Path) -> None:
+    before = results(measurement("frozen", 800.0))
+    before.write(tmp_path)
+    data = json.loads((tmp_path / RESULTS_FILE).read_text())
+    assert data["measurements"][0]["case"].pop("others") == []
+    (tmp_path / RESULTS_FILE).write_text(json.dumps(data))
+    assert read_results(tmp_path / RESULTS_FILE) == before
+
+
 @pytest.mark.parametrize("launches", ["graph", "eager"])
 @pytest.mark.parametrize("provider", ["triton", "eager"])
 @pytest.mark.parametrize(

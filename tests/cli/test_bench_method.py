@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from lora_kernels.cli.bench.shapes import MODELS, projection_shapes
 from lora_kernels.reference import lora_linear_reference
 
 CASE = Case(17, 48, 40, rank=3, dtype="float32", adapters="float32")
+GROUP = replace(CASE, others=(17, 63))
 CPU = torch.device("cpu")
 
 
@@ -98,6 +101,56 @@ def test_exact_is_the_float64_reference() -> None:
     torch.testing.assert_close(frozen["y"], (operands.x @ operands.weight.T).detach())
 
 
+@pytest.mark.parametrize("name", ["frozen", "peft", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_right_answers_of_a_group_pass(name: str, dtype: str) -> None:
+    operands = Operands.make(replace(GROUP, dtype=dtype, adapters=dtype), CPU)
+    provider = PROVIDERS[name]
+    errors = check(provider.make(operands, 0.0), operands, Exact.of(operands, provider.lora))
+    kinds = ("y", "dA", "dB") if provider.lora else ("y",)
+    assert set(errors) == {f"{kind}[{index}]" for kind in kinds for index in range(3)} | {"dx"}
+    assert all(error > 0 for error in errors.values())
+
+
+def test_exact_of_a_group_is_the_float64_reference() -> None:
+    operands = Operands.make(GROUP, CPU)
+    assert [tuple(member.weight.shape) for member in operands.members] == [(40, 48), (17, 48), (63, 48)]
+    assert all(member.x is operands.x for member in operands.members)
+    exact = Exact.of(operands, True).values
+    x = operands.x.detach().double().requires_grad_()
+    dx = torch.zeros_like(x)
+    for index, member in enumerate(operands.members):
+        leaves = [x, *(t.detach().double().requires_grad_() for t in (member.lora_A, member.lora_B))]
+        y = lora_linear_reference(leaves[0], member.weight.double(), leaves[1], leaves[2], scaling=SCALING)
+        own_dx, *adapters = torch.autograd.grad(y, leaves, member.dy.double())
+        dx += own_dx
+        for name, expected in zip(("y", "dA", "dB"), (y, *adapters), strict=True):
+            torch.testing.assert_close(exact[f"{name}[{index}]"].double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(exact["dx"].double(), dx, rtol=1e-6, atol=1e-6)
+
+
+def test_a_wrong_member_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(operands: Operands, dropout: float) -> Layer:
+        right = PROVIDERS["peft"].make(operands, dropout)
+
+        def forward(x: torch.Tensor) -> list[torch.Tensor]:
+            first, second, third = right.forward(x)
+            return [first, _Corrupted.apply(second, 1.01), third]
+
+        return Layer(forward, right.adapters)
+
+    monkeypatch.setitem(PROVIDERS, "eager", Provider(make))
+    found = [m for m in measure_case(GROUP, _plan(FLOOR, "eager"), {}) if m.provider == "eager"]
+    assert [m.times for m in found] == [None, None]
+    assert all("wrong answer: dx is off by" in str(m.reason) for m in found)
+
+
+def test_a_group_that_would_go_member_by_member_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "explain_group", lambda *arguments, **options: SimpleNamespace(reason="it is odd"))
+    with pytest.raises(Missing, match="it would go member by member: it is odd"):
+        PROVIDERS["eager"].make(Operands.make(GROUP, CPU), 0.0)
+
+
 class _Corrupted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, t: torch.Tensor, factor: float) -> torch.Tensor:
@@ -114,11 +167,11 @@ def test_a_wrong_answer_gets_no_time(wrong: str, factor: float, monkeypatch: pyt
     def make(operands: Operands, dropout: float) -> Layer:
         A, B = operands.lora_A, operands.lora_B
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
+        def forward(x: torch.Tensor) -> list[torch.Tensor]:
             spoiled = {name: _Corrupted.apply(t, factor) if name == wrong else t for name, t in zip(("dx", "dA", "dB"), (x, A, B), strict=True)}  # noqa: E501
             y = lora_linear(spoiled["dx"], operands.weight, spoiled["dA"], spoiled["dB"], scaling=SCALING)
             # A factor on the detached part alone changes the value of y and no gradient.
-            return y + (factor - 1) * y.detach() if wrong == "y" else y
+            return [y + (factor - 1) * y.detach() if wrong == "y" else y]
 
         return Layer(forward, (A, B))
 
@@ -132,7 +185,7 @@ def test_a_wrong_answer_gets_no_time(wrong: str, factor: float, monkeypatch: pyt
 
 def test_a_zero_lora_b_would_be_noticed() -> None:
     operands = Operands.make(CASE, CPU)
-    layer = Layer(lambda x: x @ operands.weight.T + 0 * (x @ operands.lora_A.T @ operands.lora_B.T), (operands.lora_A, operands.lora_B))  # noqa: E501
+    layer = Layer(lambda x: [x @ operands.weight.T + 0 * (x @ operands.lora_A.T @ operands.lora_B.T)], (operands.lora_A, operands.lora_B))  # noqa: E501
     with pytest.raises(WrongAnswer, match="y is off"):
         check(layer, operands, Exact.of(operands, True))
 
@@ -191,6 +244,15 @@ def test_work_is_counted_by_hand() -> None:
     assert frozen.bytes - nf4.bytes == 16 * 32 * (2 - 0.5 - 1 / 64)
 
 
+def test_the_work_of_a_group_reads_x_once() -> None:
+    case = Case(8, 16, 32, rank=4, others=(64, 4))
+    frozen = work_of(case, "forward", lora=False, adapter_bytes=2, weight_nf4=False)
+    assert frozen == Work(flops=2 * 8 * 16 * 100, bytes=2 * (8 * 16 + 16 * 100 + 8 * 100))
+    step = work_of(case, "step", lora=True, adapter_bytes=4, weight_nf4=False)
+    assert step.flops == 2 * frozen.flops + 3 * 2 * 8 * 4 * (3 * 16 + 100)
+    assert step.bytes == 2 * (3 * 8 * 16 + 2 * 16 * 100 + 2 * 8 * 100) + 3 * 4 * 4 * (3 * 16 + 100)
+
+
 def test_ceilings() -> None:
     ceilings = Ceilings(bytes_per_second=1e12, flops_per_second=1e14)
     assert ceilings.microseconds(Work(flops=1e9, bytes=1e6)) == pytest.approx(10.0)
@@ -220,6 +282,9 @@ def test_suites_cover_what_they_promise() -> None:
     assert {case.nf4 for case in SUITES["m"]} == {True, False}
     assert {case.rank for case in SUITES["ranks"]} == {8, 16, 32, 64, 128, 256}
     assert all(case.dropout for case in SUITES["dropout"])
+    assert {(case.M, case.K, case.outputs) for case in SUITES["groups"]} == {
+        (M, 4096, outputs) for M in (2048, 8192) for outputs in ("4096+1024+1024", "14336+14336")
+    }
 
 
 def test_missing_is_raised_for_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

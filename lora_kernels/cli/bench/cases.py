@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_kernels.cli.bench.shapes import MODELS, projection_shapes
+from lora_kernels.cli.bench.shapes import MODELS, projection_groups, projection_shapes
 from lora_kernels.nf4 import NF4Weight
 
 SCALING = 2.0
@@ -17,7 +17,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Case:
-    """One LoRA linear: [M, K] to [M, N]. `nf4` says that its frozen weight is kept in 4 bits."""
+    """One LoRA linear: [M, K] to [M, N]. `nf4` says that its frozen weight is kept in 4 bits.
+
+    `others` makes it a group: the N of the layers that read the same x after it, all else being alike.
+    """
 
     M: int
     K: int
@@ -27,9 +30,20 @@ class Case:
     dtype: str = "bfloat16"
     adapters: str = "bfloat16"
     nf4: bool = False
+    others: tuple[int, ...] = ()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The N of every layer."""
+        return self.N, *self.others
+
+    @property
+    def outputs(self) -> str:
+        """The same as text, 4096 or 4096+1024+1024."""
+        return "+".join(map(str, self.widths))
 
     def __str__(self) -> str:
-        words = [f"{self.M}x{self.K}x{self.N}", f"r{self.rank}", "nf4" if self.nf4 else self.dtype]
+        words = [f"{self.M}x{self.K}x{self.outputs}", f"r{self.rank}", "nf4" if self.nf4 else self.dtype]
         if self.adapters != self.dtype:
             words.append(f"adapters-{self.adapters}")
         if self.dropout:
@@ -39,7 +53,10 @@ class Case:
 
 @dataclass
 class Operands:
-    """The tensors of a case. In one of NF4, `weight` is what `quantized` decodes to."""
+    """The tensors of a case. In one of NF4, `weight` is what `quantized` decodes to.
+
+    In a group these are the first layer's, and `others` has the rest: each with all of its own but x.
+    """
 
     case: Case
     x: Tensor
@@ -48,6 +65,17 @@ class Operands:
     quantized: NF4Weight | None
     lora_A: Tensor
     lora_B: Tensor
+    others: tuple[Operands, ...] = ()
+
+    @property
+    def members(self) -> tuple[Operands, ...]:
+        """The operands of every layer."""
+        return self, *self.others
+
+    @property
+    def dys(self) -> tuple[Tensor, ...]:
+        """The gradient of every output."""
+        return tuple(member.dy for member in self.members)
 
     @staticmethod
     def make(case: Case, device: torch.device) -> Operands:
@@ -56,20 +84,26 @@ class Operands:
         def randn(*size: int, dtype: str, scale: float = 1.0) -> Tensor:
             return (torch.randn(*size, generator=generator, device=device) * scale).to(DTYPES[dtype])
 
-        weight = randn(case.N, case.K, dtype=case.dtype, scale=case.K**-0.5)
-        quantized = None
-        if case.nf4:
-            quantized = NF4Weight.quantize(weight, block_size=64, double_quant=True)
-            weight = quantized.dequantize(weight.dtype)
-        return Operands(
-            case,
-            x=randn(case.M, case.K, dtype=case.dtype).requires_grad_(),
-            dy=randn(case.M, case.N, dtype=case.dtype),
-            weight=weight,
-            quantized=quantized,
-            lora_A=randn(case.rank, case.K, dtype=case.adapters, scale=case.K**-0.5).requires_grad_(),
-            lora_B=randn(case.N, case.rank, dtype=case.adapters, scale=case.rank**-0.5).requires_grad_(),
-        )
+        x = randn(case.M, case.K, dtype=case.dtype).requires_grad_()
+
+        def layer(N: int) -> Operands:
+            weight = randn(N, case.K, dtype=case.dtype, scale=case.K**-0.5)
+            quantized = None
+            if case.nf4:
+                quantized = NF4Weight.quantize(weight, block_size=64, double_quant=True)
+                weight = quantized.dequantize(weight.dtype)
+            return Operands(
+                case,
+                x=x,
+                dy=randn(case.M, N, dtype=case.dtype),
+                weight=weight,
+                quantized=quantized,
+                lora_A=randn(case.rank, case.K, dtype=case.adapters, scale=case.K**-0.5).requires_grad_(),
+                lora_B=randn(N, case.rank, dtype=case.adapters, scale=case.rank**-0.5).requires_grad_(),
+            )
+
+        first, *others = map(layer, case.widths)
+        return replace(first, others=tuple(others))
 
 
 # The layer of the sweeps over one variable: q_proj and up_proj of an 8B model.
@@ -97,6 +131,12 @@ def _nf4() -> Iterator[Case]:
             yield Case(M, K, N, nf4=True)
 
 
+def _groups() -> Iterator[Case]:
+    for K, (N, *others) in projection_groups("llama-8b"):
+        for M in (8192, 2048):
+            yield Case(M, K, N, others=tuple(others))
+
+
 def _tiny() -> Iterator[Case]:
     plain = Case(128, 256, 320, dtype="float32", adapters="float32")
     yield from (plain, replace(plain, M=1), replace(plain, rank=64), replace(plain, dropout=0.1))
@@ -109,6 +149,7 @@ SUITES = {
     "dropout": tuple(Case(8192, K, N, dropout=0.1) for K, N in projection_shapes("llama-8b")),
     "float32-adapters": tuple(Case(8192, K, N, adapters="float32") for K, N in projection_shapes("llama-8b")),
     "nf4": tuple(_nf4()),
+    "groups": tuple(_groups()),
     "quick": (
         Case(8192, *_SQUARE),
         Case(2048, 4096, 1024),

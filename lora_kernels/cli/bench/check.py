@@ -18,30 +18,47 @@ _ROWS = 4096
 
 @dataclass
 class Exact:
-    """y, dx, dA and dB in float64, kept in float32 (which is exact enough for every limit); dA, dB may not exist."""
+    """y, dx, dA and dB in float64, kept in float32 (which is exact enough for every limit); dA, dB may not exist.
+
+    In a group every layer has its own y[0], dA[0], dB[0], y[1] ...; dx is one sum.
+    """
 
     values: dict[str, Tensor]
 
     @staticmethod
     def of(operands: Operands, with_lora: bool) -> Exact:
-        """Computed by the reference, some rows at a time: float64 is large."""
-        weight = operands.weight.double()
-        lora_A, lora_B = operands.lora_A.detach().double(), operands.lora_B.detach().double()
-        scaling = SCALING if with_lora else 0.0
-        sums = {"dA": torch.zeros_like(lora_A), "dB": torch.zeros_like(lora_B)}
-        rows: dict[str, list[Tensor]] = {"y": [], "dx": []}
-        for x, dy in zip(*(torch.split(t, _ROWS) for t in (operands.x.detach(), operands.dy)), strict=True):
-            leaves = [t.requires_grad_() for t in (x.double(), lora_A, lora_B)]
-            y = lora_linear_reference(leaves[0], weight, leaves[1], leaves[2], scaling=scaling)
-            dx, dA, dB = torch.autograd.grad(y, leaves, dy.double())
-            rows["y"].append(y.detach().float())
-            rows["dx"].append(dx.float())
-            sums["dA"] += dA
-            sums["dB"] += dB
-        values = {name: torch.cat(parts) for name, parts in rows.items()}
-        if with_lora:
-            values |= {name: total.float() for name, total in sums.items()}
+        """Computed by the reference, one layer after the other."""
+        values: dict[str, Tensor] = {}
+        for index, member in enumerate(operands.members):
+            for kind, value in _exact_layer(member, with_lora).items():
+                name = kind if kind == "dx" else _name(kind, index, operands)
+                values[name] = values[name] + value if name in values else value
         return Exact(values)
+
+
+def _name(kind: str, index: int, operands: Operands) -> str:
+    return f"{kind}[{index}]" if operands.others else kind
+
+
+def _exact_layer(operands: Operands, with_lora: bool) -> dict[str, Tensor]:
+    """Some rows at a time: float64 is large."""
+    weight = operands.weight.double()
+    lora_A, lora_B = operands.lora_A.detach().double(), operands.lora_B.detach().double()
+    scaling = SCALING if with_lora else 0.0
+    sums = {"dA": torch.zeros_like(lora_A), "dB": torch.zeros_like(lora_B)}
+    rows: dict[str, list[Tensor]] = {"y": [], "dx": []}
+    for x, dy in zip(*(torch.split(t, _ROWS) for t in (operands.x.detach(), operands.dy)), strict=True):
+        leaves = [t.requires_grad_() for t in (x.double(), lora_A, lora_B)]
+        y = lora_linear_reference(leaves[0], weight, leaves[1], leaves[2], scaling=scaling)
+        dx, dA, dB = torch.autograd.grad(y, leaves, dy.double())
+        rows["y"].append(y.detach().float())
+        rows["dx"].append(dx.float())
+        sums["dA"] += dA
+        sums["dB"] += dB
+    values = {name: torch.cat(parts) for name, parts in rows.items()}
+    if with_lora:
+        values |= {name: total.float() for name, total in sums.items()}
+    return values
 
 
 def check(layer: Layer, operands: Operands, exact: Exact) -> dict[str, float]:
@@ -50,9 +67,12 @@ def check(layer: Layer, operands: Operands, exact: Exact) -> dict[str, float]:
     Raises:
         WrongAnswer: one of them is off by more than its dtype explains.
     """
-    y = layer.forward(operands.x)
-    gradients = torch.autograd.grad(y, (operands.x, *layer.adapters), operands.dy)
-    got = dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *gradients), strict=False))
+    ys = layer.forward(operands.x)
+    gradients = torch.autograd.grad(ys, (operands.x, *layer.adapters), operands.dys)
+    layers = range(len(operands.members))
+    names = [_name("y", index, operands) for index in layers] + ["dx"]
+    names += [_name(kind, index, operands) for index in layers for kind in ("dA", "dB")]
+    got = dict(zip(names, (*(y.detach() for y in ys), *gradients), strict=False))
     limit = LIMITS[DTYPES[operands.case.dtype]]
     errors = {}
     for name, expected in exact.values.items():

@@ -1,4 +1,4 @@
-"""Single layers: each provider is checked, then timed beside the others."""
+"""Layers, and groups that share x: each provider is checked, then timed beside the others."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def _with_dropout(provider: Provider, operands: Operands, layer: Layer) -> Layer
 
 def step_of(layer: Layer, operands: Operands, part: str) -> Step:
     """A part of a layer's work, to be called as often as one likes."""
-    x, dy, leaves = operands.x, operands.dy, (operands.x, *layer.adapters)
+    x, dys, leaves = operands.x, operands.dys, (operands.x, *layer.adapters)
     if part == "forward":
         return lambda: layer.forward(x)
-    return lambda: torch.autograd.grad(layer.forward(x), leaves, dy)
+    return lambda: torch.autograd.grad(layer.forward(x), leaves, dys)
 
 
 def _steps(layers: dict[str, Layer], operands: Operands, part: str) -> dict[str, Step]:

@@ -87,13 +87,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--quick", action="store_true", help="a few cases, within a minute on a GPU")
     kind.add_argument("--suite", nargs="+", choices=SUITES, metavar="NAME", help=f"of {', '.join(SUITES)}")
     kind.add_argument("--shapes", nargs="+", type=parse_shape, metavar="MxKxN", help="layers: tokens, in, out")
+    kind.add_argument("--group", nargs="+", type=parse_group, metavar="MxKxN+N", help="groups: layers that share x")
     kind.add_argument("--projections", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
     kind.add_argument("--model", choices=WHOLE_MODELS, help="training steps of a whole model with random weights")
     kind.add_argument("--plot", type=Path, metavar="FILE", help="show an earlier results.json; measure nothing")
 
     layers = parser.add_argument_group("layers")
     layers.add_argument("--m", nargs="+", type=whole(1), help="with --projections: tokens (default: 8192 2048)")
-    layers.add_argument("--ranks", nargs="+", type=whole(1), help="with --shapes or --projections (default: 16)")
+    layers.add_argument(
+        "--ranks", nargs="+", type=whole(1), help="with --shapes, --group or --projections (default: 16)"
+    )
     layers.add_argument("--dropout", type=number(from_=0, below=1), help="likewise (default: 0)")
     layers.add_argument("--dtype", choices=DTYPES, help="likewise (default: bfloat16; on a CPU float32)")
     layers.add_argument("--adapters", choices=DTYPES, help="likewise (default: as --dtype)")
@@ -185,14 +188,17 @@ def _model_options(args: argparse.Namespace, common: tuple[str, Path | None, boo
 
 
 def _cases(args: argparse.Namespace, on_cpu: bool) -> Iterator[Case]:
-    if args.shapes or args.projections:
-        shapes = args.shapes or [
-            (M, *kn) for name in args.projections for M in args.m or _M for kn in projection_shapes(name)
-        ]
+    if args.shapes or args.group or args.projections:
+        shapes = (
+            args.group
+            or args.shapes
+            or [(M, *kn) for name in args.projections for M in args.m or _M for kn in projection_shapes(name)]
+        )
         dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-        for M, K, N in shapes:
+        adapters, dropout = args.adapters or dtype, args.dropout or 0.0
+        for M, K, N, *others in shapes:
             for rank in args.ranks or [16]:
-                yield Case(M, K, N, rank, args.dropout or 0.0, dtype, args.adapters or dtype, bool(args.nf4))
+                yield Case(M, K, N, rank, dropout, dtype, adapters, bool(args.nf4), tuple(others))
     else:
         small = ["tiny"] if on_cpu else ["quick"] if args.quick else None
         for name in args.suite or small or EVERYTHING:
@@ -202,10 +208,10 @@ def _cases(args: argparse.Namespace, on_cpu: bool) -> Iterator[Case]:
 def _refuse_unused(args: argparse.Namespace) -> None:
     """An option that would change nothing is a misunderstanding."""
     given = {name for name in _CASE_OPTIONS if getattr(args, name) is not None}
-    if given and not (args.shapes or args.projections):
-        raise UserError(f"--{min(given)} goes with --shapes or --projections: suites are what they are")
-    if args.m and args.shapes:
-        raise UserError("--m goes with --projections: --shapes has its own")
+    if given and not (args.shapes or args.group or args.projections):
+        raise UserError(f"--{min(given)} goes with --shapes, --group or --projections: suites are what they are")
+    if args.m and not args.projections:
+        raise UserError(f"--m goes with --projections: --{'shapes' if args.shapes else 'group'} has its own")
     for name in _LAYER_OPTIONS if args.model else _MODEL_OPTIONS:
         if getattr(args, name):
             goes = "does not go" if args.model else "goes"
@@ -230,3 +236,12 @@ def parse_shape(text: str) -> tuple[int, int, int]:
         raise argparse.ArgumentTypeError(f"must be MxKxN, three whole numbers from 1 up, not {text!r}")
     M, K, N = map(int, found.groups())
     return M, K, N
+
+
+def parse_group(text: str) -> tuple[int, ...]:
+    """An argparse type: MxKxN+N, with two N or more."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*(?:\+[1-9]\d*)+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be MxKxN+N, whole numbers from 1 up and two N or more, not {text!r}")
+    M, K, widths = found.groups()
+    return int(M), int(K), *map(int, widths.split("+"))

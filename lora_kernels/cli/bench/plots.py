@@ -146,8 +146,8 @@ def _against_m(timed: Sequence[Measurement], where: str) -> Any:
     return figure
 
 
-def _layer(case: Case) -> tuple[int, int, int, float]:
-    return case.K, case.N, case.rank, case.dropout
+def _layer(case: Case) -> tuple[int, str, int, float]:
+    return case.K, case.outputs, case.rank, case.dropout
 
 
 def _lines(measurements: Sequence[Measurement]) -> Iterator[tuple[str, str, str, dict[int, float]]]:

@@ -1,15 +1,16 @@
-"""Who computes a LoRA linear, each made from the operands of a case, or the reason why it cannot be."""
+"""Who computes a LoRA linear or a group, each made from the operands of a case, or the reason why it cannot be."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels import explain, lora_linear
+from lora_kernels import GroupMember, explain, explain_group, lora_linear, lora_linear_group
 from lora_kernels.cli.bench.cases import DTYPES, SCALING, Operands
 from lora_kernels.dispatch import PREFERENCE, BackendRefused
 from lora_kernels.nf4 import NF4Weight
@@ -27,9 +28,12 @@ class WrongAnswer(Exception):
 
 @dataclass
 class Layer:
-    """A provider's layer: y = forward(x), and the adapters that it trains (A and B, or none)."""
+    """A provider's layer: [y] = forward(x), and the adapters that it trains (A and B, or none).
 
-    forward: Callable[[Tensor], Tensor]
+    Of a group forward has every y, and the adapters are A and B of one layer after the other.
+    """
+
+    forward: Callable[[Tensor], Sequence[Tensor]]
     adapters: tuple[Tensor, ...] = ()
 
 
@@ -42,52 +46,78 @@ class Provider:
 
 
 def _frozen(operands: Operands, dropout: float) -> Layer:
-    """The floor, in every case: the frozen 16-bit (or float32) linear."""
-    weight = operands.weight
-    return Layer(lambda x: torch.nn.functional.linear(x, weight))
+    """The floor, in every case: the frozen 16-bit (or float32) linear, in a group one after the other."""
+    weights = [member.weight for member in operands.members]
+    return Layer(lambda x: [torch.nn.functional.linear(x, weight) for weight in weights])
 
 
 def _backend(name: str) -> Callable[[Operands, float], Layer]:
     def make(operands: Operands, dropout: float) -> Layer:
-        weight: object = operands.weight if operands.quantized is None else operands.quantized
-        adapters = operands.lora_A, operands.lora_B
-        options = {"scaling": SCALING, "dropout_p": dropout, "backend": name}
         try:
-            explain(operands.x, weight, *adapters, **options)  # type: ignore[arg-type]
+            return (_group if operands.others else _single)(operands, dropout, name)
         except BackendRefused as refusal:
             raise Missing(refusal.reason) from None
-        return Layer(lambda x: lora_linear(x, weight, *adapters, **options), adapters)  # type: ignore[arg-type]
 
     return make
 
 
+def _single(operands: Operands, dropout: float, name: str) -> Layer:
+    weight, lora_A, lora_B, scaling, _ = _member(operands)
+    options: dict[str, Any] = {"scaling": scaling, "dropout_p": dropout, "backend": name}
+    explain(operands.x, weight, lora_A, lora_B, **options)
+    return Layer(lambda x: [lora_linear(x, weight, lora_A, lora_B, **options)], (lora_A, lora_B))
+
+
+def _group(operands: Operands, dropout: float, name: str) -> Layer:
+    members = [_member(member) for member in operands.members]
+    options: dict[str, Any] = {"dropout_p": dropout, "backend": name}
+    reason = explain_group(operands.x, members, **options).reason
+    if reason is not None:
+        raise Missing(f"it would go member by member: {reason}")
+    adapters = tuple(t for member in members for t in (member.lora_A, member.lora_B))
+    return Layer(lambda x: lora_linear_group(x, members, **options), adapters)
+
+
+def _member(operands: Operands) -> GroupMember:
+    weight = operands.weight if operands.quantized is None else operands.quantized
+    return GroupMember(weight, operands.lora_A, operands.lora_B, SCALING)
+
+
 def _bitsandbytes(operands: Operands, dropout: float) -> Layer:
-    if operands.quantized is None:
+    bases = [_linear4bit(m, m.quantized) for m in operands.members if m.quantized is not None]
+    if not bases:
         raise Missing("it is for 4-bit weights")
-    base = _linear4bit(operands, operands.quantized)
-    return Layer(lambda x: base(x))
+    return Layer(lambda x: [base(x) for base in bases])
 
 
 def _peft(operands: Operands, dropout: float) -> Layer:
-    return _peft_layer(operands, dropout, operands.lora_A.dtype)
+    return _peft_layers(operands, dropout, operands.lora_A.dtype)
 
 
 def _peft_float32(operands: Operands, dropout: float) -> Layer:
     if operands.lora_A.dtype == torch.float32:
         raise Missing("the case has float32 adapters: it is 'peft'")
-    return _peft_layer(operands, dropout, torch.float32)
+    return _peft_layers(operands, dropout, torch.float32)
 
 
 def _peft_compile(operands: Operands, dropout: float) -> Layer:
-    layer = _peft_layer(operands, dropout, operands.lora_A.dtype)
+    layer = _peft_layers(operands, dropout, operands.lora_A.dtype)
     # Every case is a fresh layer; without this the compiler would give up after eight and run uncompiled, silently.
     torch._dynamo.reset()
     return Layer(torch.compile(layer.forward, fullgraph=True), layer.adapters)
 
 
-def _peft_layer(operands: Operands, dropout: float, dtype: torch.dtype) -> Layer:
-    """PEFT's own layer around the case's tensors."""
+def _peft_layers(operands: Operands, dropout: float, dtype: torch.dtype) -> Layer:
+    """PEFT's own layers, one after the other; autograd adds up their dx."""
     _require("peft")
+    modules, adapters = zip(*(_peft_layer(member, dropout, dtype) for member in operands.members), strict=True)
+    return Layer(lambda x: [module(x) for module in modules], tuple(t for pair in adapters for t in pair))
+
+
+def _peft_layer(
+    operands: Operands, dropout: float, dtype: torch.dtype
+) -> tuple[torch.nn.Module, tuple[Tensor, Tensor]]:
+    """PEFT's own layer around the case's tensors, and its A and B."""
     from peft import LoraConfig
     from peft.tuners import lora
 
@@ -103,12 +133,10 @@ def _peft_layer(operands: Operands, dropout: float, dtype: torch.dtype) -> Layer
         layer: lora.LoraLayer = Wrapper(base, "default", config=config, r=case.rank, lora_alpha=config.lora_alpha)
     except TypeError:  # before PEFT 0.19 the constructor took the fields one by one
         layer = Wrapper(base, "default", r=case.rank, lora_alpha=config.lora_alpha, lora_dropout=dropout)
-    adapters = tuple(
-        torch.nn.Parameter(t.detach().to(dtype, copy=True)) for t in (operands.lora_A, operands.lora_B)
-    )
-    layer.lora_A["default"].weight, layer.lora_B["default"].weight = adapters
+    A, B = (torch.nn.Parameter(t.detach().to(dtype, copy=True)) for t in (operands.lora_A, operands.lora_B))
+    layer.lora_A["default"].weight, layer.lora_B["default"].weight = A, B
     layer.train()
-    return Layer(lambda x: layer(x), adapters)
+    return layer, (A, B)
 
 
 def _plain_linear(weight: Tensor) -> torch.nn.Module:

@@ -146,7 +146,12 @@ def read_results(path: Path) -> Results:
 
 
 def _measurement(values: dict[str, Any]) -> Measurement:
-    return Measurement(**values | {"case": Case(**values["case"]), "times": _times(values["times"])})
+    return Measurement(**values | {"case": _case(values["case"]), "times": _times(values["times"])})
+
+
+def _case(values: dict[str, Any]) -> Case:
+    # Runs from before there were groups say nothing of others.
+    return Case(**values | {"others": tuple(values.get("others", ()))})
 
 
 def _model(values: dict[str, Any]) -> ModelMeasurement:

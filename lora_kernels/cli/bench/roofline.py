@@ -57,14 +57,16 @@ def measure_ceilings(clock: Clock, device: torch.device, dtype: torch.dtype, sam
 
 def work_of(case: Case, part: str, lora: bool, adapter_bytes: int, weight_nf4: bool) -> Work:
     """The least work of a `part` of a case: "forward", or "step", which is that and the gradients."""
-    M, K, N, r = case.M, case.K, case.N, case.rank
+    # Layers that share x are one as wide as all of them together, but each has an A of its own.
+    M, K, N, r = case.M, case.K, sum(case.widths), case.rank
+    adapter_rows = len(case.widths) * K + N
     itemsize = DTYPES[case.dtype].itemsize
     weight = K * N * (_NF4_BYTES if weight_nf4 else itemsize)
-    adapters = r * (K + N) * adapter_bytes
+    adapters = r * adapter_rows * adapter_bytes
     x, y = M * K * itemsize, M * N * itemsize
     flops, moved = 2 * M * N * K, x + weight + y
     if lora:
-        flops += 2 * M * r * (K + N)
+        flops += 2 * M * r * adapter_rows
         moved += adapters
     if part == "step":
         # dx reads dy and the weight and writes as much as x.
@@ -72,6 +74,6 @@ def work_of(case: Case, part: str, lora: bool, adapter_bytes: int, weight_nf4: b
         moved += y + weight + x
         if lora:
             # T, T A, dA and dB; S and T are small enough to be forgotten, x and the adapters are read again.
-            flops += 4 * M * r * (K + N)
+            flops += 4 * M * r * adapter_rows
             moved += x + 2 * adapters
     return Work(flops, moved)

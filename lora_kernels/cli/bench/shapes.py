@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Of these, who reads the same x.
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,9 @@ TINY = ModelShape(64, 160, 4, 2, 16, 2, 512)
 def projection_shapes(model: str) -> list[tuple[int, int]]:
     """The distinct (in_features, out_features) of a model, in the order of a block."""
     return list(dict.fromkeys(MODELS[model].projections.values()))
+
+
+def projection_groups(model: str) -> list[tuple[int, tuple[int, ...]]]:
+    """in_features, and the out_features of every member, of each group of a model."""
+    projections = MODELS[model].projections
+    return [(projections[group[0]][0], tuple(projections[name][1] for name in group)) for group in GROUPS]
