@@ -96,13 +96,13 @@ def group_forward_kernel(
             w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             share = add_down(x, down_ptr, 1, K, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, seed_ptr,
-                              threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
+                             threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
         total_ptr = sync_ptr + 1 + giver * counters
         ready_ptr = total_ptr + 1
         publish(share, workspace_ptr + giver * share_size, ready_ptr + row_tiles, ready_ptr, total_ptr,
-                 member_number(giver, s0_ptr, s1_ptr, s2_ptr, MEMBERS), R,
-                 member_number(giver, scale0, scale1, scale2, MEMBERS), pid_m, chunk, part, RANK_CHUNKS, k_parts,
-                 row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
+                member_number(giver, s0_ptr, s1_ptr, s2_ptr, MEMBERS), R,
+                member_number(giver, scale0, scale1, scale2, MEMBERS), pid_m, chunk, part, RANK_CHUNKS, k_parts,
+                row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
         # The rest of K, from where the share ended and, if it came first, around.
         for step in tl.range(last, k_tiles + first - lead):
             ki = tl.where(step < k_tiles, step, step - k_tiles)

@@ -46,8 +46,8 @@ def _multiply_step(acc, step, row0, column0, dy0_ref, dy1_ref, dy2_ref, w0_ref, 
                    member_number(member, stride_dy0, stride_dy1, stride_dy2, MEMBERS), row0, k0, M, N, BLOCK_M, BLOCK_K,
                    USE_TMA)  # fmt: skip
     w = load_w(member_ref(member, w0_ref, w1_ref, w2_ref, MEMBERS),
-                member_number(member, stride_w0, stride_w1, stride_w2, MEMBERS), k0, column0, N, K, BLOCK_K, BLOCK_N,
-                W_IS_NK, USE_TMA)  # fmt: skip
+               member_number(member, stride_w0, stride_w1, stride_w2, MEMBERS), k0, column0, N, K, BLOCK_K, BLOCK_N,
+               W_IS_NK, USE_TMA)  # fmt: skip
     return tl.dot(dy, w, acc, input_precision=PRECISION)
 
 
@@ -62,12 +62,12 @@ def _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2
         N = member_number(member, N0, N1, N2, MEMBERS)
         R = member_number(member, R0, R1, R2, MEMBERS)
         compute_s(pid_m, member_ref(member, dy0_ref, dy1_ref, dy2_ref, MEMBERS),
-                   member_number(member, down0_ptr, down1_ptr, down2_ptr, MEMBERS),
-                   member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), None,
-                   member_number(member, scale0, scale1, scale2, MEMBERS), 0, M, N, R, tl.cdiv(N, BLOCK_K),
-                   member_number(member, k_parts0, k_parts1, k_parts2, MEMBERS),
-                   member_number(member, stride_dy0, stride_dy1, stride_dy2, MEMBERS), R, 1, R, BLOCK_M, BLOCK_K, BLOCK_R,
-                   RANK_CHUNKS, False, SPLIT, PRECISION, USE_TMA)  # fmt: skip
+                  member_number(member, down0_ptr, down1_ptr, down2_ptr, MEMBERS),
+                  member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), None,
+                  member_number(member, scale0, scale1, scale2, MEMBERS), 0, M, N, R, tl.cdiv(N, BLOCK_K),
+                  member_number(member, k_parts0, k_parts1, k_parts2, MEMBERS),
+                  member_number(member, stride_dy0, stride_dy1, stride_dy2, MEMBERS), R, 1, R, BLOCK_M, BLOCK_K, BLOCK_R,
+                  RANK_CHUNKS, False, SPLIT, PRECISION, USE_TMA)  # fmt: skip
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _add_all_up(acc, stored, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t
             R = member_number(member, R0, R1, R2, MEMBERS)
             t = load_s(stored, member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), R, row0, r0, M, R, BLOCK_M, BLOCK_U)
             acc = add_up(acc, t, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS), K, 1, r0, column0, R, K, DTYPE,
-                          BLOCK_U, BLOCK_N, SPLIT, PRECISION, True)  # fmt: skip
+                         BLOCK_U, BLOCK_N, SPLIT, PRECISION, True)  # fmt: skip
         else:
             t, up = _load_side_by_side(stored, index * BLOCK_U, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr,
                                        t2_ptr, M, K, R0, R1, R2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_U, SLOT)  # fmt: skip
@@ -130,9 +130,9 @@ def _add_all_masked_up(acc, stored, pid_m, column0, up0_ptr, up1_ptr, up2_ptr, t
     for member in tl.range(0, MEMBERS, num_stages=1):
         R = member_number(member, R0, R1, R2, MEMBERS)
         acc = add_masked_up(acc, stored, pid_m, column0, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS),
-                             member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS),
-                             member_number(member, seed0_ptr, seed1_ptr, seed2_ptr, MEMBERS), threshold, M, K, R, K, 1, R,
-                             BLOCK_M, BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
+                            member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS),
+                            member_number(member, seed0_ptr, seed1_ptr, seed2_ptr, MEMBERS), threshold, M, K, R, K, 1, R,
+                            BLOCK_M, BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
     return acc
 
 
@@ -261,13 +261,13 @@ def group_input_kernel(
             w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, N, K, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(dy, w, acc, input_precision=PRECISION)
             share = add_down(dy, down_ptr, R, 1, ki * BLOCK_K, chunk * BLOCK_R, N, R, share, row0, None, 0, BLOCK_M,
-                              BLOCK_K, BLOCK_R, False, SPLIT, PRECISION)  # fmt: skip
+                             BLOCK_K, BLOCK_R, False, SPLIT, PRECISION)  # fmt: skip
         # Counted, and kept in the workspace, as chunks of the whole group.
         chunks_before = giver * RANK_CHUNKS * BLOCK_R
         publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr,
-                 member_number(giver, t0_ptr, t1_ptr, t2_ptr, MEMBERS) - chunks_before, R,
-                 member_number(giver, scale0, scale1, scale2, MEMBERS), pid_m, giver * RANK_CHUNKS + chunk, part, CHUNKS,
-                 k_parts, row_tiles, M, R + chunks_before, BLOCK_M, BLOCK_R)  # fmt: skip
+                member_number(giver, t0_ptr, t1_ptr, t2_ptr, MEMBERS) - chunks_before, R,
+                member_number(giver, scale0, scale1, scale2, MEMBERS), pid_m, giver * RANK_CHUNKS + chunk, part, CHUNKS,
+                k_parts, row_tiles, M, R + chunks_before, BLOCK_M, BLOCK_R)  # fmt: skip
         # The rest, from where the share ended and, if it came first, around.
         for index in tl.range(before + last, steps + before + first - lead):
             step = tl.where(index < steps, index, index - steps)

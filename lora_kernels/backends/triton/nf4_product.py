@@ -68,7 +68,7 @@ def _part_of_s(part, s_parts, row0, r0, x_ptr, stride_xm, down_ptr, stride_dl, s
     for li in tl.range(first, last):
         x = load_tile(x_ptr, stride_xm, row0, li * BLOCK_L, M, L, BLOCK_M, BLOCK_L, False)
         s = add_down(x, down_ptr, stride_dl, stride_dr, li * BLOCK_L, r0, L, R, s, row0, seed_ptr, threshold,
-                      BLOCK_M, BLOCK_L, BLOCK_R, MASK_X, SPLIT, "tf32")  # fmt: skip
+                     BLOCK_M, BLOCK_L, BLOCK_R, MASK_X, SPLIT, "tf32")  # fmt: skip
     return s
 
 
@@ -140,8 +140,8 @@ def _last_to_arrive(acc, part, parts, tile_ptr, arrived_ptr, BLOCK_M: tl.constex
 
 @triton.jit
 def finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, seed_ptr, threshold,
-                 M, C, R, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr,
-                 MASK_OUT: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                M, C, R, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr,
+                MASK_OUT: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """Adds mask(S U) and the bias to a transposed tile of X op(W) and writes it."""
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -203,7 +203,7 @@ def nf4_product_kernel(
         s = _part_of_s(part, s_parts, pid_m * BLOCK_M, chunk * BLOCK_R, x_ptr, stride_xm, down_ptr, stride_dl, stride_dr,
                        seed_ptr, threshold, M, L, R, BLOCK_M, BLOCK_L, BLOCK_R, MASKED and FORWARD, SPLIT)  # fmt: skip
         publish(s, workspace_ptr, s_arrived_ptr, ready_ptr, total_ptr, s_ptr, R, scale, pid_m, chunk, part, RANK_CHUNKS,
-                 s_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
+                s_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
     else:
         # The row blocks of one tile of W run side by side, so that L2 has it for all but the first.
         item = ticket - row_tiles * shares
@@ -220,7 +220,7 @@ def nf4_product_kernel(
             last, acc = _last_to_arrive(acc, part, parts, tile_ptr, arrived_ptr + tile, BLOCK_M, BLOCK_C)
         if last:
             finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, seed_ptr,
-                         threshold, M, C, R, BLOCK_M, BLOCK_C, BLOCK_R, RANK_CHUNKS, MASKED and not FORWARD, SPLIT)  # fmt: skip
+                        threshold, M, C, R, BLOCK_M, BLOCK_C, BLOCK_R, RANK_CHUNKS, MASKED and not FORWARD, SPLIT)  # fmt: skip
             tl.debug_barrier()
             if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == row_tiles * column_tiles - 1:
                 used = 3 + row_tiles * (1 + RANK_CHUNKS + column_tiles)

@@ -28,8 +28,8 @@ MASKED_COLUMNS = tl.constexpr(64)
 
 @triton.jit
 def add_down(x, down_ptr, stride_dk, stride_dr, k0, r0, K, R, s, row0, seed_ptr, threshold,
-              BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-              MASK_X: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+             MASK_X: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """s + mask(x) D for one step of K."""
     offs_k = k0 + tl.arange(0, BLOCK_K)
     offs_r = r0 + tl.arange(0, BLOCK_R)
@@ -54,14 +54,14 @@ def part_bounds(part, k_parts, k_tiles):
 
 @triton.jit
 def compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, row0, r0, first, last, M, K, R, seed_ptr, threshold,
-                   BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, MASK_X: tl.constexpr,
-                   SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, MASK_X: tl.constexpr,
+                  SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
     """One share of S on its own, for whoever cannot have it from a main loop."""
     s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for ki in tl.range(first, last, num_stages=1):
         x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
         s = add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, r0, K, R, s, row0, seed_ptr, threshold,
-                      BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
+                     BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
     return s
 
 
@@ -82,7 +82,7 @@ def s_addresses(s_ptr, stride_sm, row0, r0, M, R, BLOCK_M: tl.constexpr, BLOCK_C
 
 @triton.jit
 def publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part, rank_chunks,
-             k_parts, row_tiles, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+            k_parts, row_tiles, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """Hands a share over; with the last part of a chunk, S of that chunk is complete and stored."""
     offsets = share_offsets(pid_m, part * rank_chunks + chunk, row_tiles, BLOCK_M, BLOCK_R)
     tl.store(workspace_ptr + offsets, share)
@@ -129,7 +129,7 @@ def plain_tile(index, row_tiles, column_tiles, first_column, GROUP_M: tl.constex
 
 @triton.jit
 def load_w(w_ref, stride_w, k0, n0, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-            W_IS_NK: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+           W_IS_NK: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
     """A tile [BLOCK_K, BLOCK_N] of W, which is stored as [N, K] or as [K, N]."""
     if W_IS_NK:
         return tl.trans(load_tile(w_ref, stride_w, n0, k0, N, K, BLOCK_N, BLOCK_K, USE_TMA))
@@ -139,7 +139,7 @@ def load_w(w_ref, stride_w, k0, n0, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def add_up(acc, s, up_ptr, stride_ur, stride_un, r0, n0, R, N, dtype: tl.constexpr, BLOCK_R: tl.constexpr,
-            BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
+           BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
     """acc + s U for one chunk of the rank. OVERLAPS: the main loop's products go on behind it."""
     offs_r = r0 + tl.arange(0, BLOCK_R)
     offs_n = n0 + tl.arange(0, BLOCK_N)
@@ -156,17 +156,17 @@ def add_up(acc, s, up_ptr, stride_ur, stride_un, r0, n0, R, N, dtype: tl.constex
 
 @triton.jit
 def compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R, k_tiles, k_parts,
-               stride_xm, stride_dk, stride_dr, stride_sm, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-               BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, SPLIT: tl.constexpr,
-               PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+              stride_xm, stride_dk, stride_dr, stride_sm, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+              BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, SPLIT: tl.constexpr,
+              PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
     """The row block's S, computed and stored here, for a tile that cannot have it from others."""
     for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
         s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for part in tl.range(0, k_parts, num_stages=1):
             first, last = part_bounds(part, k_parts, k_tiles)
             s += compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, pid_m * BLOCK_M, chunk * BLOCK_R,
-                                first, last, M, K, R, seed_ptr, threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT,
-                                PRECISION, USE_TMA)  # fmt: skip
+                               first, last, M, K, R, seed_ptr, threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT,
+                               PRECISION, USE_TMA)  # fmt: skip
         address, mask = s_addresses(s_ptr, stride_sm, pid_m * BLOCK_M, chunk * BLOCK_R, M, R, BLOCK_M, BLOCK_R)
         tl.store(address, (s * scale).to(s_ptr.dtype.element_ty), mask)
 
@@ -186,26 +186,26 @@ def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def add_masked_up(acc, stored, pid_m, column0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur, stride_un,
-                   stride_sm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                   RANK_CHUNKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-                   DTYPE: tl.constexpr):  # fmt: skip
+                  stride_sm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+                  RANK_CHUNKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+                  DTYPE: tl.constexpr):  # fmt: skip
     """acc + mask(S U) for BLOCK_N columns from `column0`."""
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
         s = load_s(stored, s_ptr, stride_sm, pid_m * BLOCK_M, chunk * BLOCK_R, M, R, BLOCK_M, BLOCK_R)
         up = add_up(up, s, up_ptr, stride_ur, stride_un, chunk * BLOCK_R, column0, R, N, DTYPE, BLOCK_R, BLOCK_N, SPLIT,
-                     PRECISION, False)  # fmt: skip
+                    PRECISION, False)  # fmt: skip
     keep = keep_tile(seed_ptr, pid_m * BLOCK_M, column0, threshold, BLOCK_M, BLOCK_N)
     return acc + tl.where(keep, up, 0.0)
 
 
 @triton.jit
 def finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr,
-                 total_ptr, seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
-                 stride_ur, stride_un, stride_sm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
-                 HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
-                 DTYPE: tl.constexpr):  # fmt: skip
+                total_ptr, seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
+                stride_ur, stride_un, stride_sm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
+                HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+                DTYPE: tl.constexpr):  # fmt: skip
     """Adds mask(S U) and the bias to a finished X W tile and writes it.
 
     Returns whether S is known to be complete in all row blocks, after which nobody has to look at a flag again.
@@ -222,8 +222,8 @@ def finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr,
         stored = all_ready(ready_ptr + pid_m, RANK_CHUNKS, spin_limit)
         if not stored:
             compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R, k_tiles, k_parts, stride_xm,
-                       stride_dk, stride_dr, stride_sm, BLOCK_M, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, SPLIT, PRECISION,
-                       USE_TMA)  # fmt: skip
+                      stride_dk, stride_dr, stride_sm, BLOCK_M, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, SPLIT, PRECISION,
+                      USE_TMA)  # fmt: skip
             # The threads must meet between the stores and the loads of S. The result of an atomic reaches all of them
             # through such a meeting, and always is what is asked here; a bare barrier would keep the compiler from
             # pipelining the loop around it.
@@ -232,7 +232,7 @@ def finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr,
     if MASK_OUT:
         if HALF < MASKED_COLUMNS:
             acc = add_masked_up(acc, stored, pid_m, left0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur, stride_un,
-                                 stride_sm, BLOCK_M, BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
+                                stride_sm, BLOCK_M, BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         for side in tl.static_range(2):
             half = left if side == 0 else right
@@ -240,23 +240,23 @@ def finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr,
             if HALF > MASKED_COLUMNS:
                 first, second = halves(half, BLOCK_M, HALF)
                 first = add_masked_up(first, stored, pid_m, half0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur,
-                                       stride_un, stride_sm, BLOCK_M, HALF // 2, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
-                                       DTYPE)  # fmt: skip
+                                      stride_un, stride_sm, BLOCK_M, HALF // 2, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
+                                      DTYPE)  # fmt: skip
                 second = add_masked_up(second, stored, pid_m, half0 + HALF // 2, up_ptr, s_ptr, seed_ptr, threshold, M, N,
-                                        R, stride_ur, stride_un, stride_sm, BLOCK_M, HALF // 2, BLOCK_R, RANK_CHUNKS,
-                                        SPLIT, PRECISION, DTYPE)  # fmt: skip
+                                       R, stride_ur, stride_un, stride_sm, BLOCK_M, HALF // 2, BLOCK_R, RANK_CHUNKS,
+                                       SPLIT, PRECISION, DTYPE)  # fmt: skip
                 half = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (BLOCK_M, HALF))
             elif HALF == MASKED_COLUMNS:
                 half = add_masked_up(half, stored, pid_m, half0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur,
-                                      stride_un, stride_sm, BLOCK_M, HALF, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
-                                      DTYPE)  # fmt: skip
+                                     stride_un, stride_sm, BLOCK_M, HALF, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
+                                     DTYPE)  # fmt: skip
             store_tile(out_ref, stride_om, row0, half0, M, N, half.to(DTYPE), BLOCK_M, HALF, USE_TMA)
     else:
         for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
             r0 = chunk * BLOCK_R
             s = load_s(stored, s_ptr, stride_sm, row0, r0, M, R, BLOCK_M, BLOCK_R)
             acc = add_up(acc, s, up_ptr, stride_ur, stride_un, r0, left0, R, N, DTYPE, BLOCK_R, BLOCK_N, SPLIT,
-                          PRECISION, True)  # fmt: skip
+                         PRECISION, True)  # fmt: skip
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         store_tile(out_ref, stride_om, row0, left0, M, N, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
         store_tile(out_ref, stride_om, row0, right0, M, N, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)
