@@ -125,12 +125,12 @@ def group_builds(single: Build) -> Iterator[Build]:
     assert isinstance(tiles, OnePassTiles)
     plain = replace(single, kernel="group_forward" if single.forward else "group_input", members=MOST_MEMBERS)
     yield plain
-    if not tiles.use_tma:
+    # What registers and overlap are scarcest for; compiling all variants in all tiles would take minutes more.
+    if not tiles.use_tma or tiles.block_n < 256:
         return
     yield replace(plain, masked=True, rank=64)
     if not single.forward:
-        if tiles.block_n == 256:
-            yield replace(plain, members=2)
+        yield replace(plain, members=2)
         yield replace(plain, rank=64)
         yield replace(plain, split=True)
 
