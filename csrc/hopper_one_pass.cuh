@@ -8,10 +8,10 @@
 // How S gets from the tiles that have it to the tiles that need it
 // -----------------------------------------------------------------
 // As in the Triton kernel: of the column tiles of one row block the first `shares` each accumulate S over one part of K
-// (and one chunk of the rank), right at the start of their main loop, and write that partial sum to a workspace.
-// Whoever brings the last part of a chunk adds the parts in their fixed order, stores S and raises the flag of its 64
-// rows. Who has finished its main loop looks at the flag before it adds S U. A block's first tiles are the sharing ones
-// and parts are written early, so nobody waits long.
+// (and one chunk of the rank) in their main loop, and write that partial sum to a workspace. Whoever brings the last part
+// of a chunk adds the parts in their fixed order, stores S and raises the flag of its 64 rows. Who has finished its main
+// loop looks at the flag before it adds S U. A block's first tiles are the sharing ones, and begin with their part where L2
+// holds X, so nobody waits long.
 //
 // Nobody waits for ever either, and no cluster depends on another one ever being given multiprocessors: a warpgroup
 // that has looked kLooks times in vain computes every part that has not arrived, by the same products in the same

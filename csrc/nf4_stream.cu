@@ -9,7 +9,7 @@ namespace {
 
 using namespace nf4_stream_tile;
 
-// With more, the kernel of nf4.cuh or a decoded copy is faster.
+// The kernel takes any number, in chunks of what a block holds; with more, that of nf4.cuh or a decoded copy is faster.
 constexpr int64_t kMostTokens = 16;
 
 // launch(Shape()) with the least shape that takes all tokens.

@@ -65,7 +65,7 @@ def learn(
     if isinstance(weight, Tensor) and weight.dtype == x.dtype and x.numel() > 0 and 1 in weight.stride():
         rows = x.reshape(-1, x.shape[-1])
         views = (weight.T, lora_A.T, lora_B.T)
-        made = _launch(extension, launch.bound_one_pass(rows, *views, bias, scale, dropout, True, precision))
+        made = _launch(extension, launch.one_pass_launch(rows, *views, bias, scale, dropout, True, precision))
     p = 0.0 if dropout is None else dropout.p
     constants = (backend, p, precision, lora_A.dtype, None if bias is None else bias.dtype)
     extension.learn(*given, name, made, inverse_keep(p) if p else 1.0, constants)
@@ -109,7 +109,7 @@ def _launches(
     dx = grads = t = None
     if needs.x:
         assert isinstance(saved.weight, Tensor) and saved.lora_A is not None and saved.lora_B is not None
-        plan = launch.bound_one_pass(
+        plan = launch.one_pass_launch(
             dy, saved.weight, saved.lora_B, saved.lora_A, None, scale, dropout, False, precision
         )
         dx = _launch(extension, plan)
@@ -119,7 +119,7 @@ def _launches(
         t = torch.empty(dy.shape[0], saved.lora_A.shape[0], dtype=dtype, device=dy.device)
     if needs.lora_A or needs.lora_B:
         t, s = t if needs.lora_A else None, None if saved.s is None else saved.s.contiguous()
-        grads = _launch(extension, launch.bound_adapter_grads(x, dy, s, t, dropout, adapter_dtype))
+        grads = _launch(extension, launch.adapter_grads_launch(x, dy, s, t, dropout, adapter_dtype))
         if grads is None:
             return None
     return dx, grads

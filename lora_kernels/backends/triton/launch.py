@@ -142,7 +142,7 @@ def one_pass(
         return out, s
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
-    launch = _one_pass_launch(
+    launch = one_pass_launch(
         left, weight, down, up, bias, scale, dropout, mask_left, precision, (tiles, spin_limit, programs)
     )
     workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
@@ -155,7 +155,7 @@ def one_pass(
     return out, s
 
 
-def bound_one_pass(
+def one_pass_launch(
     left: Tensor,
     weight: Tensor,
     down: Tensor,
@@ -165,25 +165,9 @@ def bound_one_pass(
     dropout: Dropout | None,
     mask_left: bool,
     precision: Precision,
+    forced: tuple[OnePassTiles | None, int, int | None] = (None, SPIN_LIMIT, None),
 ) -> Launch:
-    """The launch that one_pass makes for these arguments."""
-    forced = (None, SPIN_LIMIT, None)
-    return _one_pass_launch(left, weight, down, up, bias, scale, dropout, mask_left, precision, forced)
-
-
-def _one_pass_launch(
-    left: Tensor,
-    weight: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    scale: Scale,
-    dropout: Dropout | None,
-    mask_left: bool,
-    precision: Precision,
-    forced: tuple[OnePassTiles | None, int, int | None],
-) -> Launch:
-    """The launch for arguments like these, made where there was none before."""
+    """The launch that one_pass makes for arguments like these, planned where there was none before."""
     key = (
         left.device, left.dtype, precision, left.shape, left.stride(0), weight.shape, weight.stride(), down.stride(),
         up.shape, up.stride(), down.dtype, bias is not None and bias.dtype, isinstance(scale, Tensor) and scale.dtype,
@@ -290,7 +274,7 @@ def adapter_grads(
     dB = torch.empty(N, R, dtype=dtype, device=device) if want_b else None
     if M == 0:
         return None if dA is None else dA.zero_(), None if dB is None else dB.zero_()
-    launch = _adapter_grads_launch(x, dy, s, t, dropout, dtype, tiles)
+    launch = adapter_grads_launch(x, dy, s, t, dropout, dtype, tiles)
     workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
     seed = dropout.seed if want_a and dropout is not None else None
     zeros = zeros_for(device, launch.counters)
@@ -298,22 +282,16 @@ def adapter_grads(
     return dA, dB
 
 
-def bound_adapter_grads(
-    x: Tensor | None, dy: Tensor, s: Tensor | None, t: Tensor | None, dropout: Dropout | None, dtype: torch.dtype
-) -> Launch:
-    """The launch that adapter_grads makes for these arguments."""
-    return _adapter_grads_launch(x, dy, s, t, dropout, dtype, None)
-
-
-def _adapter_grads_launch(
+def adapter_grads_launch(
     x: Tensor | None,
     dy: Tensor,
     s: Tensor | None,
     t: Tensor | None,
     dropout: Dropout | None,
     dtype: torch.dtype,
-    tiles: GradTiles | None,
+    tiles: GradTiles | None = None,
 ) -> Launch:
+    """The launch that adapter_grads makes for arguments like these, planned where there was none before."""
     narrow = t if t is not None else s
     assert narrow is not None
     key = (

@@ -9,16 +9,16 @@ the mask sits on S U.
 How S gets from the tiles that have it to the tiles that need it
 -----------------------------------------------------------------
 The X tile that a program holds for X W serves the product with D as well. That work is shared out: of the
-column tiles of one row block the first few each accumulate S over one part of K (and one chunk of the rank),
-right at the start of their own main loop, and write that partial sum to a workspace. Whoever writes the last
-part of a chunk adds the parts in their fixed order, stores S and raises the row block's flag. Any tile that has
-finished its main loop looks at the flag and adds S U into its accumulator. A program's first tiles are the
-sharing ones and parts are written early, so nobody waits long.
+column tiles of one row block the first few each accumulate S over one part of K (and one chunk of the rank)
+in their own main loop, and write that partial sum to a workspace. Whoever writes the last part of a chunk adds
+the parts in their fixed order, stores S and raises the row block's flag. Any tile that has finished its main
+loop looks at the flag and adds S U into its accumulator. A program's first tiles are the sharing ones, and begin
+with their part where L2 holds X, so nobody waits long.
 
-Nobody waits for ever either: a tile that has looked `spin_limit` times in vain computes S itself and stores it, by
-the same instructions in the same order, so whoever stores, the bits are the same. No program therefore depends on another one ever
-running: the kernel needs no co-residency, no cooperative launch and no ticket, and cannot deadlock while other
-kernels hold the multiprocessors.
+Nobody waits for ever either: a tile that has looked `spin_limit` times in vain computes S itself and stores it,
+by the same instructions in the same order, so whoever stores, the bits are the same. No program therefore
+depends on another one ever running: the kernel needs no co-residency, no cooperative launch and no ticket, and
+cannot deadlock while other kernels hold the multiprocessors.
 
 Where the rank has more chunks than the row block has tiles (a rank beyond N / 2), nothing is shared: `shares` and
 `spin_limit` are 0, and every tile computes S. One launch stays one launch.
@@ -56,8 +56,8 @@ def one_pass_kernel(
     """The module's docstring says what it computes and why it ends.
 
     x_ref [M, K], w_ref ([N, K] if W_IS_NK, else [K, N]) and out_ref [M, N] are TMA descriptors if USE_TMA, else
-    pointers. x_stays: whether L2 holds X. sync_ptr holds, all zero: the count of finished programs, that of complete chunks of S, the
-    same for each row block, and a count of parts for each row block and chunk.
+    pointers. x_stays: whether L2 holds X. sync_ptr holds, all zero: the count of finished programs, that of complete
+    chunks of S, the same for each row block, and a count of parts for each row block and chunk.
     """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)

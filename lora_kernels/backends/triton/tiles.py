@@ -104,12 +104,7 @@ def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> 
 
 def shipped_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
     """The configuration with the least predicted time: waves of tiles, times a tile's elements, over its rate."""
-
-    def cost(tiles: OnePassTiles) -> float:
-        count = -(-M // tiles.block_m) * -(-N // tiles.block_n)
-        return -(-count // chip.multiprocessors) * tiles.block_m * tiles.block_n / tiles.rate
-
-    return min(candidates(chip, itemsize, use_tma), key=cost)
+    return group_tiles(chip, itemsize, use_tma, M, [N])
 
 
 def group_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, Ns: Sequence[int]) -> OnePassTiles:
