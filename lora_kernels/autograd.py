@@ -5,12 +5,15 @@ x                 T, dx             weight, lora_A, lora_B, the dropout seed, a 
 lora_A            T, dA             x, lora_B, the dropout seed, a scaling that is a tensor
 lora_B            dB                S
 bias              sum of dy         nothing
+
+Where hooks take what is saved, S is kept beside it: deferred.py says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels.backends import Backend, Precision, Scale
+from lora_kernels.deferred import Deferred, deferred
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import Form, NF4Weight
 from lora_kernels.weights import Weight
@@ -154,30 +158,55 @@ class LoRALinearFunction(torch.autograd.Function):
         dropout: Dropout | None,
         precision: Precision,
         backend: Backend,
+        later: Deferred | None,
     ) -> Tensor:
         wanted = ctx.needs_input_grad
         needs = Needs(wanted[0], wanted[2], wanted[3], wanted[4])
         rows, shape = as_matrix(x), x.shape
-        y, s = forward(backend, rows, weight, lora_A, lora_B, bias, scale, dropout, precision, needs.lora_B)
+        product = partial(
+            forward, backend, rows, weight, lora_A, lora_B, bias, scale, dropout, precision, needs.lora_B
+        )
+        y, s = product() if later is None else (later(product, x, weight.shape[0]), None)
         # A tensor on ctx itself would escape autograd's check that nobody changed it in place.
         number, scale_tensor = split_scale(scale)
         p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
         tensors, ctx.form = Saved.select(needs, x, weight, lora_A, lora_B, s, seed, scale_tensor).flat()
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.needs = backend, needs
+        ctx.backend, ctx.needs, ctx.later = backend, needs, later
         ctx.constants = (number, p, precision, lora_A.dtype, None if bias is None else bias.dtype)
         # A view that a Function returns could not be changed in place.
-        return y if len(shape) == 2 else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
+        return y if y.dim() == len(shape) else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         saved = Saved.of(ctx.saved_tensors, ctx.form)
+        if ctx.later is not None:
+            saved = saved._replace(s=ctx.later.s())
         dx, dA, dB, db = backward_of(ctx.backend, ctx.needs, saved, dy, *ctx.constants)
-        return dx, None, dA, dB, db, None, None, None, None
+        return dx, None, dA, dB, db, None, None, None, None, None
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+    backend: Backend,
+) -> Tensor:
+    """LoRALinearFunction's y, with its node."""
+    later = deferred()
+    y: Tensor = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
+        x, weight, lora_A, lora_B, bias, scale, dropout, precision, backend, later
+    )
+    return y if later is None else later.into(y)
 
 
 def backward_of(

@@ -5,12 +5,14 @@ anything before h         dh, dg, du          g, u, and of the down projection w
 down's lora_A             T, h once more      g, u, lora_B
 the rest                  as in autograd.py and autograd_group.py
 
-h = act(g) * u is never kept: the pass that makes dg and du from dh makes it again.
+h = act(g) * u is never kept: the pass that makes dg and du from dh makes it again. Where hooks take what is saved, h
+and the down projection are computed after that: deferred.py says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +21,19 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels import autograd, autograd_group
 from lora_kernels.autograd import Needs, Saved, as_rows, outside_autocast
-from lora_kernels.autograd_group import Constants, Gradients, GroupSaved, Plan, backward_member, needs_of, saved_of
+from lora_kernels.autograd_group import (
+    Constants,
+    Gradients,
+    GroupSaved,
+    Plan,
+    backward_member,
+    leaves_of,
+    needs_of,
+    saved_of,
+)
 from lora_kernels.backends import Activation, Backend, GatedBackend, Member, Precision
 from lora_kernels.backends.eager import GATED
+from lora_kernels.deferred import Deferred, deferred
 
 
 class GatedPlan(NamedTuple):
@@ -39,35 +51,52 @@ class GatedPlan(NamedTuple):
         return GatedPlan(group, activation, down.gated or GATED, down, precision)
 
 
-def forward(
-    plan: GatedPlan, x: Tensor, members: Sequence[Member], want_s: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    """y, g, u, and of gate, up and down the S that is wanted."""
-    (g, u), ss = autograd_group.forward(plan.group, x, members[:2], want_s[:2])
+def forward(plan: GatedPlan, x: Tensor, members: Sequence[Member]) -> Tensor:
+    """y, where nothing is differentiated."""
+    (g, u), _ = autograd_group.forward(plan.group, x, members[:2], [False] * 2)
+    return _down(plan, g, u, members[2], want_s=False)[0]
+
+
+def gated_mlp(plan: GatedPlan, x: Tensor, members: Sequence[Member]) -> Tensor:
+    """GatedMLPFunction's y, with its node."""
+    later = deferred()
+    y: Tensor = GatedMLPFunction.apply(x, plan, members, later, *leaves_of(members))  # type: ignore[no-untyped-call]
+    return y if later is None else later.into(y)
+
+
+def _down(plan: GatedPlan, g: Tensor, u: Tensor, member: Member, want_s: bool) -> tuple[Tensor, Tensor | None]:
     h = plan.gated.forward(g, u, plan.activation)
-    y, s = autograd.forward(plan.down, h, *members[2], plan.precision, want_s[2])  # type: ignore[arg-type]
-    return y, g, u, [*ss, s]
+    return autograd.forward(plan.down, h, *member, plan.precision, want_s)  # type: ignore[arg-type]
 
 
 class GatedMLPFunction(torch.autograd.Function):
     """y = down(act(gate(x)) * up(x)) on a two-dimensional x.
 
-    Behind x, the plan and the members gate, up and down come lora_A, lora_B and bias of each, for autograd to see.
+    Behind all else come lora_A, lora_B and bias of gate, up and down, for autograd to see.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: GatedPlan, members: Sequence[Member], *leaves: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        plan: GatedPlan,
+        members: Sequence[Member],
+        later: Deferred | None,
+        *leaves: Tensor | None,
+    ) -> Tensor:
         wanted = ctx.needs_input_grad
-        *group_needs, down = needs_of(wanted[0], wanted[3:])
+        *group_needs, down = needs_of(wanted[0], wanted[4:])
         needs = [*group_needs, down._replace(x=any(flag for need in group_needs for flag in need))]
-        y, g, u, ss = forward(plan, x, members, [need.lora_B for need in needs])
-        group, ctx.layout = GroupSaved.select(group_needs, x, members[:2], ss[:2]).flat()
-        own, ctx.form = saved_of(needs[2], members[2], ss[2]).flat()
+        (g, u), ss = autograd_group.forward(plan.group, x, members[:2], [need.lora_B for need in group_needs])
+        product = partial(_down, plan, g, u, members[2], down.lora_B)
+        y, s = product() if later is None else (later(product, x, _out_features(members[2])), None)
+        group, ctx.layout = GroupSaved.select(group_needs, x, members[:2], ss).flat()
+        own, ctx.form = saved_of(needs[2], members[2], s).flat()
         kept = (g, u) if needs[2].x or needs[2].lora_A else (None, None)
         ctx.save_for_backward(*kept, *group, *own)
         ctx.split = len(group) + 2
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.needs = plan, needs
+        ctx.plan, ctx.needs, ctx.later = plan, needs, later
         precisions = (*plan.group.precisions, plan.precision)
         ctx.constants = [Constants.of(member, p) for member, p in zip(members, precisions, strict=True)]
         return y
@@ -76,16 +105,23 @@ class GatedMLPFunction(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 12
+            return (None,) * 13
         g, u, *tensors = ctx.saved_tensors
         saved = Saved.of(tensors[ctx.split - 2 :], ctx.form)
+        if ctx.later is not None:
+            saved = saved._replace(s=ctx.later.s())
         group = GroupSaved.of(tensors[: ctx.split - 2], ctx.layout)
         dgu, down = _through_down(ctx.plan, ctx.needs[2], saved, as_rows(dy), g, u, ctx.constants[2])
         dx: Tensor | None = None
         gradients: list[Gradients] = [(None, None, None)] * 2
         if dgu is not None:
             dx, gradients = autograd_group.backward(ctx.plan.group, ctx.needs[:2], group, dgu, ctx.constants[:2])
-        return (dx, None, None, *(t for gradient in (*gradients, down) for t in gradient))
+        return (dx, None, None, None, *(t for gradient in (*gradients, down) for t in gradient))
+
+
+def _out_features(member: Member) -> int:
+    assert member.weight is not None
+    return member.weight.shape[0]
 
 
 def _through_down(

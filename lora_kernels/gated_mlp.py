@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.autograd import as_matrix, as_rows
-from lora_kernels.autograd_gated import GatedMLPFunction, GatedPlan, forward
-from lora_kernels.autograd_group import leaves_of
+from lora_kernels.autograd_gated import GatedPlan, forward, gated_mlp
 from lora_kernels.backends import Activation, Member
 from lora_kernels.dispatch import BackendName, Choice, requested
 from lora_kernels.group import GroupChoice, as_given, checked, group_choice, member_of
@@ -78,10 +77,9 @@ def lora_gated_mlp(
 
         y = apply_gated(rows, members, kind, name)
     elif torch.is_grad_enabled():
-        plan = _plan(choices, kind)
-        y = GatedMLPFunction.apply(rows, plan, members, *leaves_of(members))  # type: ignore[no-untyped-call]
+        y = gated_mlp(_plan(choices, kind), rows, members)
     else:
-        y, *_ = forward(_plan(choices, kind), rows, members, [False] * 3)
+        y = forward(_plan(choices, kind), rows, members)
     return as_given(y, x)
 
 

@@ -12,6 +12,7 @@ import torch
 from cases import HAS_GPU
 from graphs import captured
 from group_cases import GroupCase, Layer, backends_of, double, exact, leaves, peft, twin
+from test_autograd import saved_tensors
 from test_group import HALF, assert_close, drawn, no_group, strided
 from tolerance import assert_as_exact_as_peft, relative_error
 from torch import Tensor
@@ -183,12 +184,10 @@ def test_what_is_kept(needed: tuple[str, ...], device: torch.device, backend: st
         tensor.requires_grad_(name in needed)
     tensors |= {f"weight{i}": member.weight for i, member in enumerate(members)}
     names = {t.data_ptr(): name for name, t in tensors.items()}
-    packed: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        lora_gated_mlp(x, *members, backend=backend)
     kept, hidden, ranks = KEPT[needed]
-    assert {names[t.data_ptr()] for t in packed if t.data_ptr() in names} == kept
-    others = [tuple(t.shape) for t in packed if t.data_ptr() not in names]
+    saved = saved_tensors(lora_gated_mlp(x, *members, backend=backend))
+    assert {names[t.data_ptr()] for t in saved if t.data_ptr() in names} == kept
+    others = [tuple(t.shape) for t in saved if t.data_ptr() not in names]
     assert others.count((5, 40)) == hidden, "g and u, and not h"
     assert len(others) == hidden + ranks
 

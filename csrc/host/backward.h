@@ -83,9 +83,10 @@ struct Needs {
   int64_t bits() const { return x | lora_A << 1 | lora_B << 2 | bias << 3; }
 };
 
-// Undefined where no needed gradient uses them. x is [..., K], as it was given.
+// Undefined where no needed gradient uses them. x is [..., K], as it was given. S is kept beside the others, which hooks
+// may take away: it is not computed yet when they are saved (lora_kernels/deferred.py).
 struct Saved {
-  Tensor x, weight, lora_A, lora_B, s, seed;
+  Tensor x, weight, lora_A, lora_B, seed, s;
 };
 
 class LoRALinearBackward : public Node {
@@ -99,21 +100,22 @@ class LoRALinearBackward : public Node {
   int64_t K = 0, N = 0, R = 0;
   double p = 0.0, scale = 1.0;
 
-  // In the order of autograd.py's Saved.
+  // In the order of autograd.py's Saved. Ends by what a hook throws.
   void save(const Saved& tensors) {
     x_ = SavedVariable(tensors.x, false);
     weight_ = SavedVariable(tensors.weight, false);
     lora_A_ = SavedVariable(tensors.lora_A, false);
     lora_B_ = SavedVariable(tensors.lora_B, false);
-    s_ = SavedVariable(tensors.s, false);
     seed_ = SavedVariable(tensors.seed, false);
   }
+  void keep(Tensor s) { s_ = std::move(s); }
 
   std::string name() const override { return "LoRALinearFunctionBackward"; }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&x_, &weight_, &lora_A_, &lora_B_, &s_, &seed_}) saved->reset_data();
+    for (SavedVariable* saved : {&x_, &weight_, &lora_A_, &lora_B_, &seed_}) saved->reset_data();
+    s_.reset();
     released_ = true;
   }
 
@@ -135,7 +137,7 @@ class LoRALinearBackward : public Node {
   Saved unpack() {
     const std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
-    return {x_.unpack(), weight_.unpack(), lora_A_.unpack(), lora_B_.unpack(), s_.unpack(), seed_.unpack()};
+    return {x_.unpack(), weight_.unpack(), lora_A_.unpack(), lora_B_.unpack(), seed_.unpack(), s_};
   }
 
   // What @once_differentiable makes of gradients: an error where they are differentiated.
@@ -272,7 +274,8 @@ class LoRALinearBackward : public Node {
 
   std::mutex mutex_;
   bool released_ = false;
-  SavedVariable x_, weight_, lora_A_, lora_B_, s_, seed_;
+  SavedVariable x_, weight_, lora_A_, lora_B_, seed_;
+  Tensor s_;
 };
 
 }  // namespace lora_kernels::host

@@ -124,23 +124,52 @@ bool read(PyObject* const* arguments, Call& call) {
   return true;
 }
 
-struct Outputs {
-  Tensor x, y, s, seed;
+struct Inputs {
+  Tensor x, seed;
 };
 
-Outputs run(const Call& call, const ForwardPlan& plan, double scale) {
+struct Outputs {
+  Tensor y, s;
+};
+
+Inputs prepare(const Call& call) {
+  const pybind11::gil_scoped_release no_gil;
+  Inputs in{call.cast_x ? call.x->to(call.dtype) : *call.x, {}};
+  if (call.p != 0.0) {
+    const c10::OptionalDeviceGuard guard(in.x.device());
+    const at::AutoDispatchBelowADInplaceOrView not_recorded;
+    // As dropout.py draws it.
+    in.seed = at::randint(0, int64_t{1} << 62, {1}, at::TensorOptions().dtype(at::kLong).device(in.x.device()));
+  }
+  return in;
+}
+
+// The node of the graph that y will come from. What takes away what is saved may end the call here, before it computes:
+// activation checkpointing does where a recomputation needs no more (lora_kernels/deferred.py).
+auto make_node_of(const Call& call, const std::shared_ptr<const ForwardPlan>& plan, double scale, const Needs& needs,
+                  const Inputs& in) {
+  const auto node = make_node<LoRALinearBackward>();
+  static const Tensor nothing;
+  const Tensor& bias = call.bias != nullptr ? *call.bias : nothing;
+  node->set_next_edges(torch::autograd::collect_next_edges(in.x, *call.lora_A, *call.lora_B, bias));
+  node->plan = plan, node->needs = needs, node->precision = call.precision;
+  node->dtype = call.dtype, node->adapter_dtype = call.lora_A->scalar_type(), node->device = in.x.device();
+  if (call.bias != nullptr) node->bias_dtype = bias.scalar_type();
+  node->K = call.K, node->N = call.N, node->R = call.R, node->p = call.p, node->scale = scale;
+  const bool needs_t = needs.x || needs.lora_A;
+  node->save({needs.lora_A ? in.x : nothing, needs.x ? *call.weight : nothing, needs.x ? *call.lora_A : nothing,
+              needs_t ? *call.lora_B : nothing, needs_t ? in.seed : nothing, nothing});
+  return node;
+}
+
+Outputs run(const Call& call, const ForwardPlan& plan, double scale, const Inputs& in) {
   const pybind11::gil_scoped_release no_gil;
   Outputs out;
-  out.x = call.cast_x ? call.x->to(call.dtype) : *call.x;
-  const Tensor& x = out.x;
+  const Tensor& x = in.x;
   const c10::Device device = x.device();
   const c10::OptionalDeviceGuard guard(device);
   const at::AutoDispatchBelowADInplaceOrView not_recorded;
   void* const stream = current_stream(device);
-  if (call.p != 0.0) {
-    // As dropout.py draws it.
-    out.seed = at::randint(0, int64_t{1} << 62, {1}, at::TensorOptions().dtype(at::kLong).device(device));
-  }
   c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = call.N;
   out.y = fresh(sizes, x, call.dtype);
@@ -156,27 +185,10 @@ Outputs run(const Call& call, const ForwardPlan& plan, double scale) {
                                  out.s.mutable_data_ptr(),
                                  workspace.mutable_data_ptr(),
                                  zeros().of(device, stream, plan.launch->counters, kept),
-                                 out.seed.defined() ? out.seed.const_data_ptr() : nullptr,
+                                 in.seed.defined() ? in.seed.const_data_ptr() : nullptr,
                                  nullptr};
   (*plan.launch)(tensors, static_cast<float>(scale), stream);
   return out;
-}
-
-// Makes y the output of a node of the graph.
-void record(const Call& call, const std::shared_ptr<const ForwardPlan>& plan, double scale, const Needs& needs,
-            const Outputs& out) {
-  const auto node = make_node<LoRALinearBackward>();
-  static const Tensor nothing;
-  const Tensor& bias = call.bias != nullptr ? *call.bias : nothing;
-  node->set_next_edges(torch::autograd::collect_next_edges(out.x, *call.lora_A, *call.lora_B, bias));
-  node->plan = plan, node->needs = needs, node->precision = call.precision;
-  node->dtype = call.dtype, node->adapter_dtype = call.lora_A->scalar_type(), node->device = out.x.device();
-  if (call.bias != nullptr) node->bias_dtype = bias.scalar_type();
-  node->K = call.K, node->N = call.N, node->R = call.R, node->p = call.p, node->scale = scale;
-  const bool needs_t = needs.x || needs.lora_A;
-  node->save({needs.lora_A ? out.x : nothing, needs.x ? *call.weight : nothing, needs.x ? *call.lora_A : nothing,
-              needs_t ? *call.lora_B : nothing, needs.lora_B ? out.s : nothing, needs_t ? out.seed : nothing});
-  torch::autograd::set_history(out.y, NodePtr(node));
 }
 
 // y; or None for a call that should be learned, and False for any other that is Python's.
@@ -195,13 +207,18 @@ PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const bool overflows = std::isfinite(scale) && !std::isfinite(static_cast<float>(scale));
   if (plan->launch == nullptr || overflows || has_hooks()) Py_RETURN_FALSE;
   RECORD_FUNCTION("LoRALinearFunction", c10::ArrayRef<const c10::IValue>{});
-  Outputs out = run(call, *plan, scale);
+  const Inputs in = prepare(call);
   Needs needs;
   if (c10::GradMode::is_enabled()) {
-    needs = {out.x.requires_grad(), call.lora_A->requires_grad(), call.lora_B->requires_grad(),
+    needs = {in.x.requires_grad(), call.lora_A->requires_grad(), call.lora_B->requires_grad(),
              call.bias != nullptr && call.bias->requires_grad()};
   }
-  if (needs.any()) record(call, plan, scale, needs, out);
+  const auto node = needs.any() ? make_node_of(call, plan, scale, needs, in) : nullptr;
+  Outputs out = run(call, *plan, scale, in);
+  if (node != nullptr) {
+    if (needs.lora_B) node->keep(std::move(out.s));
+    torch::autograd::set_history(out.y, NodePtr(node));
+  }
   return THPVariable_Wrap(std::move(out.y));
   END_HANDLE_TH_ERRORS
 }
