@@ -11,14 +11,13 @@ Where hooks take what is saved, S is kept beside it: deferred.py says why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels.backends import Backend, Precision, Scale
 from lora_kernels.deferred import Deferred, deferred
@@ -139,6 +138,43 @@ def backward(
     return dx, dA, dB, db
 
 
+class _Once(torch.autograd.Function):
+    """Gradients, as the outputs of a node that depends on what they come from and cannot be differentiated.
+
+    torch's once_differentiable looks at dy alone: with a dy that is a constant, as that of a sum is, the gradients of
+    gradients would be missing without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(TWICE)
+
+
+TWICE = "the gradients of a LoRA linear were differentiated again, which lora_kernels cannot: use PEFT's own layers"
+
+
+def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A Function's backward, of one that takes ctx, what ctx saved, and the gradients, of which one is not None."""
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(dy is None for dy in dys):
+            return (None,) * len(ctx.needs_input_grad)
+        # Once: activation checkpointing forgets what it handed out.
+        tensors = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = backward(ctx, tensors, *dys)
+        if not torch.is_grad_enabled():
+            return gradients
+        return _Once.apply(len(gradients), *gradients, *dys, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+
+    return wrapped
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """y = x W^T + scaling * (D(x) A^T) B^T + b; never a gradient for the weight.
 
@@ -179,11 +215,9 @@ class LoRALinearFunction(torch.autograd.Function):
         return y if y.dim() == len(shape) else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 10
-        saved = Saved.of(ctx.saved_tensors, ctx.form)
+    @once
+    def backward(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved = Saved.of(tensors, ctx.form)
         if ctx.later is not None:
             saved = saved._replace(s=ctx.later.s())
         dx, dA, dB, db = backward_of(ctx.backend, ctx.needs, saved, dy, *ctx.constants)

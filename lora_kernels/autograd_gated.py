@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import autograd, autograd_group
-from lora_kernels.autograd import Needs, Saved, as_rows, outside_autocast
+from lora_kernels.autograd import Needs, Saved, as_rows, once, outside_autocast
 from lora_kernels.autograd_group import (
     Constants,
     Gradients,
@@ -102,15 +101,13 @@ class GatedMLPFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 13
-        g, u, *tensors = ctx.saved_tensors
-        saved = Saved.of(tensors[ctx.split - 2 :], ctx.form)
+    @once
+    def backward(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[Tensor | None, ...]:
+        g, u, *others = tensors
+        saved = Saved.of(others[ctx.split - 2 :], ctx.form)
         if ctx.later is not None:
             saved = saved._replace(s=ctx.later.s())
-        group = GroupSaved.of(tensors[: ctx.split - 2], ctx.layout)
+        group = GroupSaved.of(others[: ctx.split - 2], ctx.layout)
         dgu, down = _through_down(ctx.plan, ctx.needs[2], saved, as_rows(dy), g, u, ctx.constants[2])
         dx: Tensor | None = None
         gradients: list[Gradients] = [(None, None, None)] * 2

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import autograd
-from lora_kernels.autograd import Needs, Saved, as_rows, outside_autocast, split_scale
+from lora_kernels.autograd import Needs, Saved, as_rows, once, outside_autocast, split_scale
 from lora_kernels.backends import Backend, GroupBackend, Member, Precision
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import Form
@@ -185,9 +184,9 @@ class LoRAGroupFunction(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = GroupSaved.of(ctx.saved_tensors, ctx.layout)
+    @once
+    def backward(ctx: Any, tensors: Sequence[Tensor | None], *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = GroupSaved.of(tensors, ctx.layout)
         dx, gradients = backward(ctx.plan, ctx.needs, saved, dys, ctx.constants)
         return (dx, None, None, *(g for gradient in gradients for g in gradient))
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.autograd import Needs, Saved, as_matrix, as_rows, backward_of
+from lora_kernels.autograd import TWICE, Needs, Saved, as_matrix, as_rows, backward_of
 from lora_kernels.backends import Backend, Precision, Scale
 from lora_kernels.dropout import Dropout, inverse_keep
 
@@ -174,7 +174,7 @@ def start(extension: ModuleType, addresses: list[int | None], device_type: str) 
 
     extension.use_driver(*addresses, device_type)
     knobs = getattr(triton, "knobs", None)
-    extension.use_python(_backward, sync.zeros_for, None if knobs is None else knobs.runtime)
+    extension.use_python(_backward, sync.zeros_for, None if knobs is None else knobs.runtime, TWICE)
     linear, _device_type = extension.linear, device_type
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import lora_linear, lora_linear_reference
 
@@ -103,12 +106,31 @@ def test_two_backwards_through_one_graph(device: torch.device, backend: str) -> 
         assert torch.equal(a, b)
 
 
-def test_a_second_derivative_is_an_error(device: torch.device, backend: str) -> None:
+@pytest.mark.parametrize("loss", [lambda y: y.square().sum(), torch.sum], ids=["square", "sum"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_second_derivative_is_an_error(
+    loss: Callable[[Tensor], Tensor], checkpointed: bool, device: torch.device, backend: str
+) -> None:
+    """Of whatever a gradient comes from: that of a sum has a dy that is a constant."""
     tensors = make(device, *LEAVES)
-    y = lora_linear(**tensors, backend=backend)
-    (dx,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    call = partial(lora_linear, backend=backend)
+    y = checkpoint(call, use_reentrant=False, **tensors) if checkpointed else call(**tensors)
+    gradients = torch.autograd.grad(loss(y), list(map(tensors.__getitem__, LEAVES)), create_graph=True)
+    for gradient in gradients:
+        for leaf in LEAVES[:3]:
+            with pytest.raises(RuntimeError, match="differentiated again"):
+                torch.autograd.grad(gradient.sum(), tensors[leaf], retain_graph=True, allow_unused=True)
+
+
+def test_a_gradient_that_comes_from_constants_needs_no_second_one(device: torch.device, backend: str) -> None:
+    tensors = make(device, "bias")
+    (db,) = torch.autograd.grad(
+        lora_linear(**tensors, backend=backend).sum(), tensors["bias"], create_graph=True, materialize_grads=True
+    )
+    assert not db.requires_grad
+    tensors = make(device, *LEAVES)
+    lora_linear(**tensors, backend=backend).sum().backward(create_graph=True)
+    assert_gradients(tensors, torch.ones(M, N, device=device), scaling=1.0)
 
 
 DY = {

@@ -215,8 +215,8 @@ def test_two_backwards_through_one_graph(device: torch.device, backend: str) -> 
 def test_a_second_derivative_is_an_error(device: torch.device, backend: str) -> None:
     x, members = SMALL.x(device).requires_grad_(), members_of(SMALL, device)
     y = lora_gated_mlp(x, *members, backend=backend)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated again"):
         dx.sum().backward()
 
 

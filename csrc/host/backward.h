@@ -130,7 +130,8 @@ class LoRALinearBackward : public Node {
       const c10::impl::ExcludeDispatchKeyGuard outside_autocast(c10::autocast_dispatch_keyset);
       results = compute(dy, saved);
     }
-    return c10::GradMode::is_enabled() && dy.requires_grad() ? once_differentiable(std::move(results)) : results;
+    if (c10::GradMode::is_enabled()) forbid_second_derivative(results, dy, saved);
+    return results;
   }
 
  private:
@@ -140,15 +141,14 @@ class LoRALinearBackward : public Node {
     return {x_.unpack(), weight_.unpack(), lora_A_.unpack(), lora_B_.unpack(), seed_.unpack(), s_};
   }
 
-  // What @once_differentiable makes of gradients: an error where they are differentiated.
-  static variable_list once_differentiable(variable_list&& results) {
+  // As autograd.py's `once`: an error where gradients are differentiated, of whatever they come from.
+  static void forbid_second_derivative(variable_list& results, const Tensor& dy, const Saved& saved) {
+    auto edges = torch::autograd::collect_next_edges(dy, saved.x, saved.lora_A, saved.lora_B);
+    if (!torch::autograd::any_variable_requires_grad({dy, saved.x, saved.lora_A, saved.lora_B})) return;
+    const auto error = make_node<torch::autograd::Error>(callbacks.twice, std::move(edges));
     for (Tensor& result : results) {
-      if (result.defined()) result = result.detach().set_requires_grad(true);
+      if (result.defined()) torch::autograd::set_history(result, NodePtr(error));
     }
-    const auto error = make_node<torch::autograd::DelayedError>(
-        "trying to differentiate twice a function that was marked with @once_differentiable",
-        static_cast<int64_t>(results.size()));
-    return (*error)(std::move(results));
   }
 
   // dy as a matrix, and the strides between the rows of dy and x.

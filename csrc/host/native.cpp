@@ -270,9 +270,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     set(driver.is_capturing, is_capturing), set(driver.current_stream, current_stream);
     served = c10::Device(device_type).type();
   });
-  module.def("use_python", [](py::object backward, py::object zeros_for, py::object hooked) {
+  module.def("use_python", [](py::object backward, py::object zeros_for, py::object hooked,
+                              const std::string& twice) {
     callbacks.backward = backward.release().ptr(), callbacks.zeros_for = zeros_for.release().ptr();
-    callbacks.hooked = hooked.release().ptr();
+    callbacks.hooked = hooked.release().ptr(), callbacks.twice = twice;
     callbacks.hook_name = PyUnicode_InternFromString("launch_enter_hook");
     callbacks.calls_name = PyUnicode_InternFromString("calls");
   });

@@ -11,6 +11,7 @@
 
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include "launch.h"
@@ -23,6 +24,8 @@ struct Callbacks {
   PyObject *backward = nullptr, *zeros_for = nullptr;
   // Where Triton keeps the hooks that want to be told of launches; None where it has no such place.
   PyObject *hooked = nullptr, *hook_name = nullptr, *calls_name = nullptr;
+  // What is said of a second derivative.
+  std::string twice;
 };
 
 inline Callbacks callbacks;
