@@ -16,10 +16,11 @@ lint: $(VENV)/.done
 	$(VENV)/bin/ruff check lora_kernels tests bench
 	$(VENV)/bin/mypy
 
-# On a machine with a GPU, in an environment that holds its PyTorch: every test, on every backend.
+# On a machine with a GPU, in an environment that holds its PyTorch: every test, on every backend. Last come those that
+# need the GPU to themselves.
 test-gpu:
-	$(PYTHON) -m pytest -n 8 tests --ignore tests/test_gpu_kernels.py --ignore tests/test_gpu_groups.py --ignore tests/test_targets.py
-	$(PYTHON) -m pytest tests/test_gpu_kernels.py tests/test_gpu_groups.py
+	$(PYTHON) -m pytest -n 8 tests --ignore tests/test_gpu_alone.py --ignore tests/test_targets.py
+	$(PYTHON) -m pytest tests/test_gpu_alone.py
 
 # compute-sanitizer over a small case of every kernel of a backend: make sanitize BACKENDS=triton. Bad accesses, races in
 # shared memory and reads of what nobody wrote end it with an error. PyTorch's cache of memory would hide bad accesses.

@@ -4,6 +4,7 @@
 #include <torch/extension.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "hopper_one_pass.h"
@@ -42,7 +43,7 @@ DType dtype_of(const Tensor& tensor) {
     case at::kFloat: return DType::kFloat32;
     case at::kHalf: return DType::kFloat16;
     case at::kBFloat16: return DType::kBFloat16;
-    default: TORCH_CHECK(false, "a tensor was ", tensor.scalar_type(), ", which no kernel reads");
+    default: TORCH_CHECK(false, std::string("a tensor was ") + c10::toString(tensor.scalar_type()) + ", which no kernel reads");
   }
 }
 

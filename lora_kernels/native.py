@@ -63,7 +63,8 @@ def learn(
     _, weight, lora_A, lora_B, bias, *_ = given
     made = None
     if isinstance(weight, Tensor) and weight.dtype == x.dtype and x.numel() > 0 and 1 in weight.stride():
-        rows = x.reshape(-1, x.shape[-1])
+        # Not a reshape, which gives a single row another stride.
+        rows = as_matrix(x)
         views = (weight.T, lora_A.T, lora_B.T)
         made = _launch(extension, launch.one_pass_launch(rows, *views, bias, scale, dropout, True, precision))
     p = 0.0 if dropout is None else dropout.p

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the group kernels: progress under contention, graphs, compilation, configurations."""
+"""What only a GPU can show of the group kernels: graphs, compilation, configurations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import HAS_GPU
 from graphs import captured
 from test_group_kernels import GroupCase, by_autograd, computed
 from tolerance import assert_as_exact_as_peft
@@ -17,22 +16,9 @@ from lora_kernels.backends.triton.group_grads import group_grads_kernel
 from lora_kernels.backends.triton.group_input import group_input_kernel
 from lora_kernels.backends.triton.tiles import candidates, chip_of, group_tiles
 
-if HAS_GPU:
-    from contention import while_held
-
 pytestmark = pytest.mark.gpu
 
 LARGE = GroupCase(4096, 1024, (1024, 256, 256), (16, 16, 16))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("held", [32, 110, 128])
-def test_finishes_while_another_kernel_holds_multiprocessors(held: int, dropout: float) -> None:
-    case = replace(LARGE, dropout=dropout)
-    group = case.tensors(torch.device("cuda", 0))
-    expected = computed(case, group)
-    for name, value in while_held(held, lambda: computed(case, group)).items():
-        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -59,6 +59,12 @@ def test_the_values_and_bits_of_the_python_path(
         assert float((value.double() - reference).norm() / reference.norm()) < 5e-3
 
 
+def test_a_row_with_a_stride_of_its_own_is_learned(path: LaunchPath) -> None:
+    """A view of a single row may have another stride: both sides must mean the same one."""
+    tensors = make(*LEAVES, sizes=(1, 24, 40, 3))
+    assert_learned(path, tensors | {"x": with_strides(tensors["x"], 32, 1)})
+
+
 @pytest.mark.parametrize("needed", SUBSETS, ids=lambda s: "+".join(s) or "none")
 def test_every_subset_of_gradients(needed: tuple[str, ...], path: LaunchPath) -> None:
     tensors = make(*needed)

@@ -67,7 +67,7 @@ inline Plans<BackwardPlan>& backward_plans() {
 
 inline void* current_stream(c10::Device device) {
   void* stream = nullptr;
-  TORCH_CHECK(driver.current_stream(device.index(), &stream) == 0, "PyTorch has no current stream on ", device);
+  TORCH_CHECK(driver.current_stream(device.index(), &stream) == 0, "PyTorch has no current stream on " + device.str());
   return stream;
 }
 

@@ -1,4 +1,5 @@
 // A launch of a compiled kernel whose grid and numbers are settled: what changes is where the tensors lie, and a float.
+// Messages are one string: TORCH_CHECK's stream crashes where a compiler links a libstdc++ of its own beside PyTorch's.
 
 #pragma once
 
@@ -54,8 +55,8 @@ class Launch {
         shapes_(std::move(maps)),
         encoded_(shapes_.size()) {
     // Two more for the scratch pointers that Triton appends, both null.
-    TORCH_CHECK(parameters.size() + 2 <= kMostParameters && shapes_.size() <= kMostMaps, "a kernel has ",
-                parameters.size(), " parameters, more than fit");
+    TORCH_CHECK(parameters.size() + 2 <= kMostParameters && shapes_.size() <= kMostMaps,
+                "a kernel has " + std::to_string(parameters.size()) + " parameters, more than fit");
     fixed_.fill(&zeros_);
     numbers_.reserve(numbers.size());
     for (size_t position = 0; position < parameters.size(); ++position) {
@@ -88,7 +89,7 @@ class Launch {
     }
     const int error = driver.launch(function_, grid_[0], grid_[1], grid_[2], threads_, 1, 1, shared_, stream,
                                     parameters.data(), nullptr);
-    TORCH_CHECK(error == 0, "the CUDA driver refused a kernel launch with error ", error);
+    TORCH_CHECK(error == 0, "the CUDA driver refused a kernel launch with error " + std::to_string(error));
   }
 
   // The floats of memory that the kernel works in, and the zeros that it counts in.
@@ -116,8 +117,8 @@ class Launch {
     const int error = driver.encode_map(&out, shape.type, 2, const_cast<void*>(address), sizes.data(),
                                         &shape.row_bytes, box.data(), steps.data(), 0, shape.swizzle,
                                         kL2Promotion128B, 0);
-    TORCH_CHECK(error == 0, "the CUDA driver refused a tensor map for [", shape.rows, ", ", shape.columns,
-                "] with error ", error);
+    TORCH_CHECK(error == 0, "the CUDA driver refused a tensor map for [" + std::to_string(shape.rows) + ", " +
+                                std::to_string(shape.columns) + "] with error " + std::to_string(error));
     if (encoded.size() >= kMostEncoded) encoded.clear();
     encoded.emplace(address, out);
   }

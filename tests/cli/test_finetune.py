@@ -182,8 +182,8 @@ def test_nf4(model_dir: Path, text: Path, tmp_path: Path) -> None:
     assert ours["loss_after"] < ours["loss_before"]
     assert set(ours["layers"].values()) == {None}
     assert len(ours["layers"]) == 2 * 7
-    assert ours["loss_before"] == pytest.approx(stock["loss_before"], abs=1e-4)
-    assert ours["loss_after"] == pytest.approx(stock["loss_after"], rel=1e-3)
+    assert ours["loss_before"] == pytest.approx(stock["loss_before"], abs=1e-4 if DEVICE == "cpu" else SAME_LOSS)
+    assert ours["loss_after"] == pytest.approx(stock["loss_after"], rel=SAME_TRAINING)
 
 
 def test_the_language_reference_is_the_default_text() -> None:

@@ -224,5 +224,15 @@ def test_nf4(autocast: bool, device: str, calls: Calls) -> None:
         apply_lora_kernels(model, groups=False)
         apart = gradients(model, "llama", device)
     assert together["output"].dtype == apart["output"].dtype == stock["output"].dtype
-    assert_same(stock, together, 0.05 if autocast else 1e-4)
-    assert_same(apart, together, 0.02 if autocast else 1e-5)
+    if not autocast:
+        assert_same(stock, together, 1e-4)
+        assert_same(apart, together, 1e-5)
+        return
+    # What 16 bits leave of a gradient behind two softmaxes is chance, with PEFT as with us: test_nf4.py compares both,
+    # layer by layer. But members that run together must not be less exact than one by one.
+    exact = gradients(adapted(device=device, model=quantized(device, torch.float32)), "llama", device)
+    error, allowed = (
+        sum(float((found[name].double() - right).norm() / right.double().norm()) for name, right in exact.items())
+        for found in (together, apart)
+    )
+    assert error <= 1.1 * allowed, f"{error / len(exact):.1e} off, one by one {allowed / len(exact):.1e}"

@@ -1,0 +1,58 @@
+"""What a GPU shows only to whoever has it alone: progress under contention, and how much memory a step takes.
+
+`make test-gpu` runs this file after all others: processes take turns on a GPU, and a kernel that holds multiprocessors
+would hold them against nobody while another process has its turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import HAS_GPU
+from test_gpu_groups import LARGE
+from test_gpu_kernels import CASE, forward
+from test_group_kernels import computed
+
+from lora_kernels import LoRALinear
+
+if HAS_GPU:
+    from contention import while_held
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("held", [32, 110, 128])
+def test_a_layer_finishes_while_another_kernel_holds_multiprocessors(held: int) -> None:
+    expected = forward(CASE)
+    for value, want in zip(while_held(held, lambda: forward(CASE)), expected, strict=True):
+        assert torch.equal(value, want)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("held", [32, 110, 128])
+def test_a_group_finishes_while_another_kernel_holds_multiprocessors(held: int, dropout: float) -> None:
+    case = replace(LARGE, dropout=dropout)
+    group = case.tensors(torch.device("cuda", 0))
+    expected = computed(case, group)
+    for name, value in while_held(held, lambda: computed(case, group)).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_step_keeps_what_it_must_and_no_more() -> None:
+    M, K, N, rank = 4096, 2048, 2048, 16
+    module = LoRALinear(K, N, rank, device="cuda", dtype=torch.bfloat16, bias=False)
+    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
+    torch.autograd.grad(module(x), [x, module.lora_A, module.lora_B], dy)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(module(x), [x, module.lora_A, module.lora_B], dy)
+    torch.cuda.synchronize()
+    used = torch.cuda.max_memory_allocated() - before
+    outputs = 2 * M * N + 2 * M * K
+    small = 2 * 2 * M * rank + 2 * rank * (K + N)
+    partial_sums = 16 << 20
+    assert used <= outputs + small + partial_sums, f"{used / 2**20:.1f} MiB"
