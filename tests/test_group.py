@@ -300,7 +300,8 @@ def test_autocast_casts_x_once_and_keeps_float32_gradients(device: torch.device)
     assert_close(*results, tolerance=0.03)
     assert all(results[0][name].dtype == torch.float32 for name in ("x", "lora_A0", "lora_B1", "bias0"))
     with torch.autocast(device.type, torch.bfloat16):
-        node = lora_linear_group(x, members)[0].grad_fn
+        ys = lora_linear_group(x, members)
+    node = ys[0].grad_fn
     names = [before.name() for before, _ in node.next_functions if before is not None]  # type: ignore[union-attr]
     assert sum("ToCopy" in name for name in names) == 1, "the adapters and biases stay float32"
 

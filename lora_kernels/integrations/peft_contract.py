@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import CodeType
 
@@ -48,8 +50,7 @@ def check_peft() -> None:
     if names != _FORWARD_NAMES:
         difference = ", ".join(sorted(names ^ _FORWARD_NAMES))
         raise _changed(f"lora.Linear.forward uses other names than it did: {difference}")
-    # What PEFT draws to initialise the layer must not move the stream of a script that was seeded.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+    with _undisturbed():
         _check_equation()
 
 
@@ -62,8 +63,22 @@ def check_linear4bit() -> str | None:
     difference = sorted(_names(lora.Linear4bit.forward.__code__) ^ _FORWARD_4BIT_NAMES)
     if difference:
         return f"lora.Linear4bit.forward of peft {peft.__version__} uses other names: {', '.join(difference)}"
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+    with _undisturbed():
         return _check_equation_4bit()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """For layers of our own on the CPU, whatever the caller is in the middle of."""
+    with ExitStack() as stack:
+        # What PEFT draws to initialise a layer must not move the stream of a script that was seeded.
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for context in (torch.device("cpu"), torch.inference_mode(False), torch.no_grad()):
+            stack.enter_context(context)
+        # PEFT and bitsandbytes leave casts to autocast where CUDA's is on, though the layer is on the CPU.
+        for device_type in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def _check_equation_4bit() -> str | None:

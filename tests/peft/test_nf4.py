@@ -19,7 +19,7 @@ from peft_models import assert_same, randomize_adapters
 from torch import Tensor, nn
 
 from lora_kernels import apply_lora_kernels, lora_linear_reference, patch_peft, revert_lora_kernels
-from lora_kernels.integrations.peft_contract import check_linear4bit
+from lora_kernels.integrations.peft_contract import check_linear4bit, check_peft
 from lora_kernels.integrations.peft_layer import why_not_fused
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -72,6 +72,19 @@ def some_input(device: str, rows: int = 32) -> Tensor:
 
 def test_peft_is_known() -> None:
     assert check_linear4bit() is None
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_peft_is_known_in_a_region_of_autocast(device_type: str) -> None:
+    """In one of CUDA's PEFT leaves its casts to autocast, of which the layers that are tried see nothing."""
+    enabled = torch.is_autocast_enabled(device_type)
+    torch.set_autocast_enabled(device_type, True)
+    try:
+        assert check_linear4bit.__wrapped__() is None
+        check_peft.__wrapped__()
+        assert torch.is_autocast_enabled(device_type)
+    finally:
+        torch.set_autocast_enabled(device_type, enabled)
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
