@@ -4,16 +4,17 @@ import argparse
 from collections.abc import Callable
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `minimum` up."""
+def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum` up, or to `maximum`."""
+    wanted = f"from {minimum} up" if maximum is None else f"from {minimum} to {maximum}"
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} up, not {text!r}")
+        if value < minimum or (maximum is not None and value > maximum):
+            raise argparse.ArgumentTypeError(f"must be a whole number {wanted}, not {text!r}")
         return value
 
     return parse

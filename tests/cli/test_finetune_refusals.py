@@ -56,8 +56,9 @@ def test_good_options_get_as_far_as_the_weights(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rank", "0"], "--rank: must be a whole number from 1 up, not '0'"),
-        (["--rank", "2.5"], "--rank: must be a whole number from 1 up, not '2.5'"),
+        (["--rank", "0"], "--rank: must be a whole number from 1 to 512, not '0'"),
+        (["--rank", "513"], "--rank: must be a whole number from 1 to 512, not '513'"),
+        (["--rank", "2.5"], "--rank: must be a whole number from 1 to 512, not '2.5'"),
         (["--alpha", "0"], "--alpha: must be a number above 0, not '0'"),
         (["--dropout", "1"], "--dropout: must be a number from 0 up and below 1, not '1'"),
         (["--dropout", "-0.1"], "--dropout: must be a number from 0 up and below 1, not '-0.1'"),

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_kernels.backends import MAX_RANK
 from lora_kernels.cli.arguments import number, whole
 
 ALL_LINEAR = "all-linear"
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='text files, or .jsonl files with an object a line that has "text" or "messages"'
         " (default: the Python language reference)",
     )
-    parser.add_argument("--rank", type=whole(1), default=16, help="default: 16")
+    parser.add_argument("--rank", type=whole(1, MAX_RANK), default=16, help="default: 16")
     parser.add_argument("--alpha", type=number(above=0), default=32.0, help="default: 32")
     parser.add_argument(
         "--targets",
