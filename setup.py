@@ -55,7 +55,7 @@ def extensions(cuda: bool) -> dict[str, Any]:
     made = [CppExtension(native_build.PREBUILT, units(native_build.sources()), extra_compile_args=native_build.flags())]
     if cuda:
         nvcc = cuda_build.nvcc_flags(cuda_build.PREBUILT_CAPABILITIES, ptx=True)
-        options = {"cxx": ["-O2"], "nvcc": nvcc}
+        options = {"cxx": cuda_build.cxx_flags(), "nvcc": nvcc}
         made.append(CUDAExtension(cuda_build.PREBUILT, units(cuda_build.sources()), extra_compile_args=options))
     return {"ext_modules": made, "cmdclass": {"build_py": BuildWithSources, "build_ext": BuildExtension}}
 

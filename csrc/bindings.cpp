@@ -2,6 +2,7 @@
 // passes; here nothing is checked again.
 
 #include <torch/extension.h>
+#include <torch/version.h>
 
 #include <optional>
 #include <string>
@@ -9,6 +10,9 @@
 
 #include "hopper_one_pass.h"
 #include "launches.h"
+
+#define TEXT_OF(words) #words
+#define TEXT(words) TEXT_OF(words)
 
 namespace {
 
@@ -193,4 +197,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("one_pass", &one_pass);
   module.def("adapter_grads", &adapter_grads);
   module.def("dequantize", &dequantize);
+  module.attr("torch_version") = TORCH_VERSION;
+  module.attr("sources") = TEXT(LORA_KERNELS_SOURCES);
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
-from lora_kernels.backends import Backend, Problem, eager
+from lora_kernels.backends import Backend, NF4Path, Problem, eager
 
 BackendName = Literal["auto", "triton", "cuda", "eager"]
 # The order in which the automatic choice asks.
@@ -34,14 +34,20 @@ class BackendRefused(RuntimeError):
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that a problem gets, and why every other one does not."""
+    """The backend that a problem gets, and why every other one does not.
+
+    `nf4_paths`, of the forward and of the backward, are those of a single call: explain() alone knows them.
+    """
 
     problem: Problem
     backend: Backend
     refusals: dict[str, str]
+    nf4_paths: tuple[NF4Path, NF4Path] | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.backend.name}: {self.backend.describe(self.problem)}"]
+        for product, path in zip(("forward", "backward"), self.nf4_paths or (), strict=False):
+            lines.append(f"{product} of this call: the NF4 weight is decoded {path.where}, because {path.why}")
         lines += [f"not {name}: {reason}" for name, reason in self.refusals.items()]
         return "\n".join(lines)
 

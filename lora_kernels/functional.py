@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -113,12 +115,17 @@ def explain(
 ) -> Choice:
     """Which backend lora_linear would take for these arguments, and why each other one would not.
 
+    Of an NF4 weight it says as well where the forward and the backward of this very call decode it, and why there.
     Takes the arguments of lora_linear and raises what it raises; computes nothing. Print the result.
     """
     _require(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     x, weight, lora_A, lora_B, bias, precision = _unify_dtypes(x, weight, lora_A, lora_B, bias)
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-    return choose(_describe(x, weight, lora_A, precision), requested(backend))
+    choice = choose(_describe(x, weight, lora_A, precision), requested(backend))
+    nf4_paths = choice.backend.nf4_paths
+    if nf4_paths is None or not isinstance(weight, NF4Weight):
+        return choice
+    return replace(choice, nf4_paths=nf4_paths(as_rows(as_matrix(x)), weight))
 
 
 def _unify_dtypes(

@@ -41,11 +41,17 @@ class GroupChoice:
     reason: str | None
 
     def __str__(self) -> str:
-        first = self.choices[0].backend.name
-        lines = [f"as one group on {first}" if self.reason is None else f"member by member: {self.reason}"]
+        lines = [self._way()]
         for i, choice in enumerate(self.choices):
             lines += [f"members[{i}]", *(f"  {line}" for line in str(choice).splitlines())]
         return "\n".join(lines)
+
+    def _way(self) -> str:
+        if self.plan.group is None:
+            return f"member by member: {self.reason}"
+        way = f"as one group on {self.choices[0].backend.name}"
+        note = self.plan.group.describe([choice.problem for choice in self.choices])
+        return way if note is None else f"{way}; {note}"
 
 
 def lora_linear_group(

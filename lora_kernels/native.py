@@ -10,7 +10,6 @@ compiled.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,13 +22,14 @@ from torch import Tensor
 from lora_kernels.autograd import TWICE, Needs, Saved, as_matrix, as_rows, backward_of
 from lora_kernels.backends import Backend, Precision, Scale
 from lora_kernels.dropout import Dropout, inverse_keep
+from lora_kernels.switches import is_on
 
-# "0" leaves every call to Python.
+# 0 leaves every call to Python.
 VARIABLE = "LORA_KERNELS_NATIVE"
 NOT_COMPILED = "the launch path is not compiled"
 
 # Whether calls should be learned: until it turns out that they cannot be.
-enabled = torch.version.cuda is not None and os.environ.get(VARIABLE) != "0"
+enabled = is_on(VARIABLE) and torch.version.cuda is not None
 # lora_linear by positional arguments, the last of them a backend's name: y, or None for a call that should be learned,
 # or False for any other that is Python's. There is none before the first call that could be learned.
 linear: Callable[..., Tensor | bool | None] | None = None
@@ -199,7 +199,7 @@ def why_not() -> str | None:
     """Why calls are launched from Python here; None if they are launched from C++."""
     from lora_kernels.backends import native_build
 
-    if os.environ.get(VARIABLE) == "0":
+    if not is_on(VARIABLE):
         return f"{VARIABLE} is 0"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"

@@ -54,7 +54,8 @@ def _compile(sources: list[Path], folder: Path, module: Path) -> None:
         if path.suffix in (".cu", ".cpp"):
             units.append(copy)
     includes = [str(folder), *cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-    options = ["-std=c++20", "-O2", "-fPIC", "-w", "-fno-strict-aliasing", f"-DTORCH_EXTENSION_NAME={NAME}"]
+    options = ["-std=c++20", *cuda_build.cxx_flags(), "-fPIC", "-w", "-fno-strict-aliasing"]
+    options.append(f"-DTORCH_EXTENSION_NAME={NAME}")
     objects = [str(unit.with_suffix(".o")) for unit in units]
     compile_one = [str(COMPILER), *options, *(f"-I{path}" for path in includes), "-x", "c++", "-c"]
     compilations = [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ import torch
 from lora_kernels.backends import Problem, cuda, cuda_build
 
 ROOT = Path(__file__).parents[1]
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+# At 1, it is an error that there is no nvcc: where a job is there for what nvcc says.
+NEEDS_NVCC = "LORA_KERNELS_TEST_NVCC"
 CHIPS = [(8, 0), (9, 0), (10, 0)]
 KERNELS = [path for path in cuda_build.sources() if path.suffix == ".cu"]
 # Bytes of registers that lie in memory: what the Hopper kernel's masked epilogue needs. A main loop would take more.
@@ -23,13 +26,23 @@ MOST_SPILLED = 160
 STRICT = [f"-D__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS")]
 
 
-@pytest.mark.skipif(NVCC is None, reason="NOTHING IN csrc/ IS COMPILED HERE: there is no nvcc on this machine")
+def find_nvcc() -> str:
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if found is None:
+        missing = "NOTHING IN csrc/ IS COMPILED HERE: there is no nvcc on this machine"
+        if os.environ.get(NEEDS_NVCC) == "1":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return found
+
+
 @pytest.mark.parametrize("chip", CHIPS, ids=str)
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_compiles(source: Path, chip: cuda_build.Capability, tmp_path: Path) -> None:
+    nvcc = find_nvcc()
     flags = [*cuda_build.nvcc_flags((chip,)), *STRICT, "-std=c++17", "-Xptxas", "-v"]
     done = subprocess.run(
-        [str(NVCC), *flags, "-c", str(source), "-o", str(tmp_path / "object.o")],
+        [nvcc, *flags, "-c", str(source), "-o", str(tmp_path / "object.o")],
         capture_output=True,
         text=True,
         check=False,
@@ -39,6 +52,14 @@ def test_compiles(source: Path, chip: cuda_build.Capability, tmp_path: Path) -> 
     assert "warning" not in notes, notes[-5000:]
     spilled = [int(line.split(" bytes spill stores")[0].split()[-1]) for line in notes.splitlines() if "spill" in line]
     assert max(spilled, default=0) <= MOST_SPILLED, notes[-5000:]
+
+
+@pytest.mark.parametrize(("needed", "outcome"), [("0", pytest.skip.Exception), ("1", pytest.fail.Exception)])
+def test_a_missing_nvcc_is_seen(needed: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NEEDS_NVCC, needed)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    with pytest.raises(outcome, match="NOTHING IN csrc/ IS COMPILED HERE"):
+        find_nvcc()
 
 
 def test_the_kernels_know_nothing_of_pytorch() -> None:
@@ -88,6 +109,67 @@ def test_refuses_for_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert str(cuda._declines(problem("cuda"))).startswith("it is not compiled yet")
     (tmp_path / "complete").touch()
     assert cuda._declines(problem("cuda")) is None
+
+
+def installed(**facts: str) -> ModuleType:
+    """An extension as an installation holds it."""
+    module = ModuleType(cuda_build.PREBUILT)
+    vars(module).update({"sources": cuda_build._source_digest(), "torch_version": torch.__version__} | facts)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("extension", "reason"),
+    [
+        (installed(), None),
+        (installed(sources="1"), "from other sources than those that are here: install again"),
+        (installed(torch_version="2.7.9"), f"against PyTorch 2.7.9, and this is {torch.__version__}: install again"),
+        # As it was before extensions said what they were made of.
+        (ModuleType(cuda_build.PREBUILT), "from other sources than those that are here: install again"),
+        # Python's way to say that a module cannot be imported.
+        (None, "import of lora_kernels._cuda halted"),
+    ],
+)
+def test_a_stale_installation_is_refused(
+    extension: ModuleType | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the automatic choice nor a call that names it runs what does not fit, or dies of it."""
+    problem = Problem(torch.device("cuda"), torch.bfloat16, "native", 64, 64, 8)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_build, "has_prebuilt", lambda: True)
+    monkeypatch.setitem(sys.modules, cuda_build.PREBUILT, extension)
+    if reason is None:
+        assert cuda._refuses(problem) is None
+        assert cuda_build.load((9, 0)) is extension
+        return
+    refusal = str(cuda._refuses(problem))
+    assert refusal.startswith("what was compiled at installation cannot be used: ")
+    assert reason in refusal
+    with pytest.raises(ImportError, match=re.escape(reason)):
+        cuda_build.load((9, 0))
+
+
+def test_other_sources_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler is told, and what is compared with it."""
+    copy = tmp_path / "csrc"
+    shutil.copytree(cuda_build.source_folder(), copy)
+    monkeypatch.setattr(cuda_build, "source_folder", lambda: copy)
+    before = cuda_build._source_digest()
+    assert f"-DLORA_KERNELS_SOURCES={before}" in cuda_build.cxx_flags()
+    with (copy / "bindings.cpp").open("a") as file:
+        file.write("\n")
+    assert f"-DLORA_KERNELS_SOURCES={before}" not in cuda_build.cxx_flags()
+
+
+@pytest.mark.gpu
+def test_the_extension_says_what_it_was_made_of() -> None:
+    capability = torch.cuda.get_device_capability()
+    if not cuda_build.is_built(capability) and cuda_build.missing() is not None:
+        pytest.skip(f"nothing can be compiled: {cuda_build.missing()}")
+    extension = cuda_build.load(capability)
+    assert extension.sources == cuda_build._source_digest()
+    assert torch.__version__.startswith(extension.torch_version)
 
 
 def test_refuses_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -176,6 +258,7 @@ def test_a_package_holds_the_sources(tmp_path: Path) -> None:
     )  # fmt: skip
     packed = tmp_path / "lib" / "lora_kernels" / "csrc"
     assert {p.name for p in packed.iterdir()} == {p.name for p in (ROOT / "csrc").iterdir()}
+    assert cuda_build.digest_of(packed, []) == cuda_build._source_digest()
     assert not (copy / "lora_kernels" / "csrc").exists()
 
 
@@ -191,3 +274,18 @@ def test_the_switches_take_0_or_1(variable: str) -> None:
     )
     assert done.returncode != 0
     assert f"{variable} was 'yes', but must be 0 or 1" in done.stderr
+
+
+@pytest.mark.parametrize("why", [None, "there is no ninja (pip install ninja)"])
+def test_a_run_says_that_it_leaves_the_backend_out(why: str | None, pytestconfig: pytest.Config) -> None:
+    shared = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    assert shared is not None
+    lines: list[str] = []
+    reporter = SimpleNamespace(write_line=lines.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "HAS_GPU", True)
+        patch.setattr(shared, "_why_no_cuda", lambda: why)
+        shared.pytest_terminal_summary(reporter)
+        backends = shared._backends()
+    assert backends == ["eager", "triton", *(["cuda"] if why is None else [])]
+    assert lines == ([] if why is None else [f"NOT TESTED, the cuda backend: {why}"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ def test_a_stale_build_is_not_loaded(extension: Any, monkeypatch: pytest.MonkeyP
             assert native.why_not() == reason
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     monkeypatch.setattr(native_build, "has_prebuilt", lambda: True)
-    monkeypatch.setattr(native_build, "importlib", SimpleNamespace(import_module=lambda name: extension))
+    monkeypatch.setitem(sys.modules, native_build.PREBUILT, extension)
     assert "compiled against PyTorch" in str(native.why_not())
     monkeypatch.setattr(torch, "__version__", extension.torch_version)
     assert native.why_not() is None
@@ -80,3 +80,9 @@ def test_the_doctor_says_who_launches(reason: str | None, monkeypatch: pytest.Mo
     assert (said == "native") == (reason is None)
     assert reason is None or said.startswith(f"Python: {reason}")
     assert ("python -m lora_kernels build" in said) == (reason == native.NOT_COMPILED)
+
+
+def test_the_switch_takes_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.VARIABLE, "off")
+    with pytest.raises(ValueError, match="LORA_KERNELS_NATIVE in the environment was 'off', but must be 0 or 1"):
+        native.why_not()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRALinear, NF4Weight, compiled, explain, lora_linear, lora_linear_reference, use_backend
-from lora_kernels.backends import BASE_DTYPES
+from lora_kernels.backends import BASE_DTYPES, cuda
 from lora_kernels.dropout import Dropout, drop_threshold, keep_mask
 
 LEAVES = ("x", "lora_A", "lora_B", "bias")
@@ -251,6 +251,58 @@ def test_explain(device: torch.device) -> None:
     assert "the NF4 weight is decoded into a temporary" in str(choice)
     with use_backend("eager"):
         assert "NF4" not in str(explain(**tensors, weight=weight.dequantize()))
+    assert choice.nf4_paths is None
+
+
+def paths(M: int, N: int, K: int, backend: str, device: torch.device, offset: int = 0) -> list[str]:
+    """What explain() prints of how this call goes."""
+    x = torch.ones(M * K + offset, dtype=torch.float16, device=device)[offset:].view(M, K)
+    lora_A, lora_B = (torch.ones(shape, dtype=torch.float16, device=device) for shape in ((2, K), (N, 2)))
+    weight = NF4Weight.quantize(torch.ones(N, K, device=device), 64)
+    lines = str(explain(x.view(1, M, K), weight, lora_A, lora_B, backend=backend)).splitlines()
+    return [line for line in lines if "of this call: the NF4 weight is decoded" in line]
+
+
+def test_explain_says_how_this_very_call_goes(device: torch.device) -> None:
+    from lora_kernels.backends.triton.nf4_tiles import cannot_fly, fly_table
+    from lora_kernels.backends.triton.tiles import chip_of
+
+    chip = chip_of(device)
+    weight = NF4Weight.quantize(torch.ones(64, 128, device=device), 64)
+    if (reason := cannot_fly(chip, torch.ones(1, 128, dtype=torch.float16, device=device), weight)) is not None:
+        for line in paths(5, 64, 128, "triton", device):
+            assert line.endswith(f"by a launch of its own, because {reason}")
+        return
+    most = [fly_table(chip, forward).most_rows for forward in (True, False)]
+    inside, alone = "decoded inside of the product, because", "decoded by a launch of its own, because"
+    for M in sorted({1, *most, *(rows + 1 for rows in most)}):
+        assert paths(M, 64, 128, "triton", device) == [
+            f"{product} of this call: the NF4 weight is "
+            + (f"{inside} {M} rows are at most {rows}" if rows >= M else f"{alone} {M} rows are more than {rows}")
+            for product, rows in zip(("forward", "backward"), most, strict=True)
+        ]
+    # x where it lies, and a dy as a backward gets it: only one of the two products cannot load its rows.
+    unaligned = f"{alone} the rows of the left operand do not start on 16 bytes"
+    assert [line.endswith(unaligned) for line in paths(4, 64, 128, "triton", device, offset=1)] == [True, False]
+    assert [line.endswith(unaligned) for line in paths(4, 42, 128, "triton", device)] == [False, True]
+    for line in paths(4, 64, 96, "triton", device):
+        assert line.endswith(f"{alone} 96 columns are no multiple of the block size, 64")
+
+
+def test_the_cuda_backend_says_how_a_call_goes(device: torch.device) -> None:
+    weight = NF4Weight.quantize(torch.ones(40, 96, device=device), 64)
+    x = torch.ones(49, 96, dtype=torch.float16, device=device)
+    for left, why in (
+        (x, "49 rows are more than 48"),
+        (x[:5, :80], "80 columns are no multiple of 32"),
+        (x[:5].float(), "float32 products are not written for packed weights"),
+        (x.flatten()[1 : 1 + 5 * 96].view(5, 96), "the rows of x do not start on 16 bytes"),
+    ):
+        forward, backward = cuda._nf4_paths(left, weight)
+        assert forward == ("by a launch of its own", why)
+        assert backward.where == "by a launch of its own"
+    forward, _ = cuda._nf4_paths(x[:48], weight)
+    assert forward == ("inside of the product", "48 rows are at most 48")
 
 
 @pytest.mark.parametrize(

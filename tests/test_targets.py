@@ -12,11 +12,23 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-# Bytes of a thread's stack: what the epilogue with the most in it needs, far from where a main loop would spill.
-MOST_STACK = 640
+# Bytes of a thread's stack: of each kernel what the build that needs most of it takes with Triton 3.9, for an epilogue
+# with much in it. That is far from where a main loop would spill; but a change that takes more should be measured
+# before it raises a number here.
+MOST_STACK = {
+    "one_pass": 608,
+    "group_forward": 368,
+    "group_input": 552,
+    "nf4_product": 344,
+    "adapter_grads": 0,
+    "group_grads": 0,
+    "dequantize": 0,
+    "gated_forward": 0,
+    "gated_backward": 0,
+}
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 942])
 def test_every_configuration_fits(capability: int) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("compile_targets.py")
@@ -25,11 +37,11 @@ def test_every_configuration_fits(capability: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(results) >= 8
+    assert len(results) >= 6
     for result in results:
         name = result["build"]
         assert result["shared"] <= result["limit"], f"{name} takes {result['shared']} bytes of shared memory"
-        assert result["stack"] <= MOST_STACK, f"{name} spills: a stack of {result['stack']} bytes"
+        assert result["stack"] <= MOST_STACK[result["kernel"]], f"{name} spills: a stack of {result['stack']} bytes"
         assert not result["serialized"], f"{name}: {result['serialized']}"
         # Seen on an H100: products of reshaped shared memory that reach outside of it.
         assert not result["reshaped"], f"{name} multiplies shared memory that the compiler reshaped"

@@ -24,6 +24,7 @@ from torch import Tensor
 from lora_kernels.dropout import Dropout
 
 if TYPE_CHECKING:
+    from lora_kernels.nf4 import NF4Weight
     from lora_kernels.weights import Weight
 
 # How adapters meet a base of another dtype. "native": they have the base's dtype. "rounded": float32
@@ -118,6 +119,17 @@ class Refusal(Protocol):
     def __call__(self, problem: Problem) -> str | None: ...
 
 
+class NF4Path(NamedTuple):
+    """Where a product has its NF4 weight decoded, and why there."""
+
+    where: str
+    why: str
+
+
+class NF4Paths(Protocol):
+    def __call__(self, x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]: ...
+
+
 class Member(NamedTuple):
     """What a backend needs of one member of a group: layers that read the same x.
 
@@ -168,13 +180,14 @@ class GroupBackend:
 
     `refuses` says why a group must go member by member through the single functions. All members of a call have
     one precision and one dtype of adapters; a backward has all members of its forward: where only some of the
-    outputs got a gradient, the single functions run instead.
+    outputs got a gradient, the single functions run instead. `describe` says what else explain_group() should tell.
     """
 
     refuses: GroupRefusal
     forward: GroupForward
     backward_input: GroupBackwardInput
     backward_adapters: GroupBackwardAdapters
+    describe: GroupRefusal
 
 
 # The gate's activation: x sigmoid(x), or the approximation of GELU by a hyperbolic tangent.
@@ -210,6 +223,7 @@ class Backend:
     """`refuses` says why it cannot run a problem; `declines` why the automatic choice should pass it by.
 
     Without a `group` of its own its groups go member by member, without a `gated` those parts are PyTorch's.
+    `nf4_paths` says how the forward and the backward of one call go, where that depends on more than the problem.
     """
 
     name: str
@@ -221,3 +235,4 @@ class Backend:
     describe: Refusal
     group: GroupBackend | None = None
     gated: GatedBackend | None = None
+    nf4_paths: NF4Paths | None = None

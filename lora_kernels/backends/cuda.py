@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import Backend, Precision, Problem, Scale, cuda_build, eager
+from lora_kernels.backends import Backend, NF4Path, Precision, Problem, Scale, cuda_build, eager
 from lora_kernels.backends.sync import zeros_for
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import NF4Weight
@@ -16,6 +16,8 @@ from lora_kernels.weights import Weight
 
 # In the order of problem.h.
 _PRECISIONS: dict[Precision, int] = {"native": 0, "rounded": 1, "split": 2}
+# Of a product that decodes an NF4 weight inside of it: the rows of x at most, and what divides those of the weight.
+_MOST_TOKENS, _LANE_CODES = 48, 32
 
 
 def forward(
@@ -160,6 +162,9 @@ def _refuses(problem: Problem) -> str | None:
     capability = torch.cuda.get_device_capability(problem.device)
     if capability < (8, 0):
         return f"compute capability is {capability[0]}.{capability[1]}, and the kernels need 8.0"
+    stale = cuda_build.why_stale()
+    if stale is not None:
+        return f"what was compiled at installation cannot be used: {stale}"
     if cuda_build.is_built(capability):
         return None
     missing = cuda_build.missing() or cuda_build.nowhere()
@@ -186,11 +191,43 @@ def _describe(problem: Problem) -> str | None:
 
 
 def _describe_nf4(problem: Problem) -> str:
-    """The conditions of nf4_forward_fits; the block size is not known here."""
+    """What every call has in common; _nf4_paths says the rest."""
     decoded = "the NF4 weight is decoded by a launch of its own"
-    if problem.dtype == torch.float32 or problem.in_features % 32 != 0:
+    if problem.dtype == torch.float32 or problem.in_features % _LANE_CODES != 0:
         return f"; {decoded}"
-    return f"; {decoded}, up to 48 tokens forward inside of the product"
+    return f"; {decoded}, up to {_MOST_TOKENS} tokens forward inside of the product"
 
 
-BACKEND = Backend("cuda", _refuses, _declines, forward, backward_input, backward_adapters, _describe)
+def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:
+    alone, reason = "by a launch of its own", _cannot_decode_inside(x, weight)
+    backward = NF4Path(alone, "no kernel decodes it inside of the backward's product")
+    if reason is not None:
+        return NF4Path(alone, reason), backward
+    return NF4Path("inside of the product", f"{x.shape[0]} rows are at most {_MOST_TOKENS}"), backward
+
+
+def _cannot_decode_inside(x: Tensor, weight: NF4Weight) -> str | None:
+    """Why a forward cannot decode the weight inside of its product; None if it can: nf4_forward_fits in words."""
+    if x.dtype == torch.float32:
+        return "float32 products are not written for packed weights"
+    if x.shape[0] > _MOST_TOKENS:
+        return f"{x.shape[0]} rows are more than {_MOST_TOKENS}"
+    if x.shape[1] % _LANE_CODES != 0:
+        return f"{x.shape[1]} columns are no multiple of {_LANE_CODES}"
+    if weight.packed.data_ptr() % 16 != 0:
+        return "the packed codes do not start on 16 bytes"
+    if (x.data_ptr() | x.stride(0) * x.element_size()) % 16 != 0:
+        return "the rows of x do not start on 16 bytes"
+    return None
+
+
+BACKEND = Backend(
+    "cuda",
+    _refuses,
+    _declines,
+    forward,
+    backward_input,
+    backward_adapters,
+    _describe,
+    nf4_paths=_nf4_paths,
+)

@@ -47,6 +47,11 @@ def sources() -> list[Path]:
     return sorted(path for path in source_folder().iterdir() if path.suffix in (".cu", ".cpp"))
 
 
+def cxx_flags() -> list[str]:
+    """The options of the C++ compiler; the extension says by them what it was made of."""
+    return ["-O2", f"-DLORA_KERNELS_SOURCES={_source_digest()}"]
+
+
 def nvcc_flags(capabilities: tuple[Capability, ...], ptx: bool = False) -> list[str]:
     """The options of nvcc for these chips; `ptx` adds the first one's code in a form for chips to come."""
     flags = ["-O3"]
@@ -63,6 +68,16 @@ def nvcc_flags(capabilities: tuple[Capability, ...], ptx: bool = False) -> list[
 def has_prebuilt() -> bool:
     """Whether the installation holds the compiled extension."""
     return importlib.util.find_spec(PREBUILT) is not None
+
+
+def why_stale() -> str | None:
+    """Why the extension of the installation cannot be used; None if it can, or if there is none."""
+    try:
+        if has_prebuilt():
+            load_prebuilt(PREBUILT, _source_digest())
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def is_built(capability: Capability) -> bool:
@@ -109,19 +124,37 @@ def load(capability: Capability) -> ModuleType:
     Processes that ask at once wait for the first.
 
     Raises:
-        ImportError: what was compiled does not fit this PyTorch.
+        ImportError: the installation's cannot be loaded here, or was compiled against another PyTorch, or from other
+            sources.
         RuntimeError: the compiler failed; its output is in the message.
     """
     if has_prebuilt():
-        return importlib.import_module(PREBUILT)
+        return load_prebuilt(PREBUILT, _source_digest())
     return load_compiled(_name(capability), _folder(capability)) or compile_once(
         _name(capability),
         _folder(capability),
         "the CUDA backend",
         sources(),
-        extra_cflags=["-O2"],
+        extra_cflags=cxx_flags(),
         extra_cuda_cflags=nvcc_flags((capability,)),
     )
+
+
+def load_prebuilt(name: str, digest: str) -> ModuleType:
+    """An extension of the installation, if it is of the sources with this digest.
+
+    Raises:
+        ImportError: it cannot be loaded here, or was compiled against another PyTorch, or from other sources.
+    """
+    module = importlib.import_module(name)
+    # One that does not say what it was made of is older than the sources that have it say so.
+    if getattr(module, "sources", None) != digest:
+        raise ImportError("it was compiled from other sources than those that are here: install again")
+    if not torch.__version__.startswith(module.torch_version):
+        raise ImportError(
+            f"it was compiled against PyTorch {module.torch_version}, and this is {torch.__version__}: install again"
+        )
+    return module
 
 
 def load_compiled(name: str, folder: Path) -> ModuleType | None:
@@ -196,6 +229,10 @@ def root_folder() -> Path | None:
 def _digest(capability: Capability) -> str:
     """A name for all that the compiled extension depends on."""
     return digest_of(source_folder(), [*versions(), *nvcc_flags((capability,))])
+
+
+def _source_digest() -> str:
+    return digest_of(source_folder(), [])
 
 
 def versions() -> list[str]:

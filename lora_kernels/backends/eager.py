@@ -253,7 +253,7 @@ def _describe(problem: Problem) -> str | None:
     return f"{products}; the NF4 weight is decoded into a temporary before one of each" if problem.nf4 else products
 
 
-def _never_a_group(problems: Sequence[Problem]) -> str | None:
+def _never_of_a_group(problems: Sequence[Problem]) -> str | None:
     return None
 
 
@@ -266,6 +266,6 @@ BACKEND = Backend(
     backward_input,
     backward_adapters,
     _describe,
-    GroupBackend(_never_a_group, group_forward, group_backward_input, group_backward_adapters),
+    GroupBackend(_never_of_a_group, group_forward, group_backward_input, group_backward_adapters, _never_of_a_group),
     GATED,
 )

@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-
-import torch
 
 from lora_kernels.backends import cuda_build
 from lora_kernels.backends.cache import is_there
@@ -44,18 +41,12 @@ def load() -> ModuleType | None:
     """The extension: the installation's, else the one compiled before; None if there is neither.
 
     Raises:
-        ImportError: the installation's was compiled against another PyTorch, or from other sources.
+        ImportError: the installation's cannot be loaded here, or was compiled against another PyTorch, or from other
+            sources.
     """
     if not has_prebuilt():
         return cuda_build.load_compiled(_NAME, folder()) if is_built() else None
-    module = importlib.import_module(PREBUILT)
-    if not torch.__version__.startswith(module.torch_version):
-        raise ImportError(
-            f"it was compiled against PyTorch {module.torch_version}, and this is {torch.__version__}: install again"
-        )
-    if module.sources != _source_digest():
-        raise ImportError("it was compiled from other sources than those that are here: install again")
-    return module
+    return cuda_build.load_prebuilt(PREBUILT, _source_digest())
 
 
 def build() -> ModuleType:

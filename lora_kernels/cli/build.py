@@ -3,6 +3,7 @@
 import argparse
 
 from lora_kernels.cli.errors import UserError
+from lora_kernels.cli.waiting import elapsed
 
 HELP = "compile the launch path, which makes eager steps cheaper, and with --cuda the CUDA backend"
 
@@ -21,7 +22,8 @@ def run(args: argparse.Namespace) -> int:
     from lora_kernels.backends import native_build
 
     try:
-        module = native_build.build()
+        with elapsed("compiling the launch path"):
+            module = native_build.build()
     except (ImportError, RuntimeError) as error:
         raise UserError(f"the launch path: {error}") from None
     print(f"launch path   {module.__file__}")
@@ -41,6 +43,7 @@ def _build_cuda() -> str:
     if missing is not None and not cuda_build.has_prebuilt():
         raise UserError(f"the CUDA backend: {missing}")
     try:
-        return str(cuda_build.load(torch.cuda.get_device_capability()).__file__)
+        with elapsed("compiling the CUDA backend"):
+            return str(cuda_build.load(torch.cuda.get_device_capability()).__file__)
     except (ImportError, RuntimeError) as error:
         raise UserError(f"the CUDA backend: {error}") from None

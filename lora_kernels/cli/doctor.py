@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 
+from lora_kernels.cli.waiting import elapsed
+
 HELP = "versions, GPUs, and each backend with 'works' or the reason why it does not"
 
 
@@ -26,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{'launches':<14}{_launches()}")
 
     print("\nbackends, in the order in which the automatic choice tries them")
-    statuses = backend_report()
+    with elapsed("testing the backends"):
+        statuses = backend_report()
     for status in statuses:
         verdict = "works" if status.works else f"refuses because {status.reason}"
         mark = "   <- the automatic choice" if status.automatic else ""

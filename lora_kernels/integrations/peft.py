@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,6 +21,7 @@ from lora_kernels.integrations.peft_blocks import (
 )
 from lora_kernels.integrations.peft_contract import check_linear4bit, check_peft
 from lora_kernels.integrations.peft_layer import Linear, has_own_forward, is_fused, why_not_fused
+from lora_kernels.switches import is_on
 
 # By name: torch.distributed and torch._dynamo need not be imported, or even exist, to know their wrappers.
 _WRAPPERS = {
@@ -30,7 +30,8 @@ _WRAPPERS = {
     "FSDPModule": "fully_shard",
     "OptimizedModule": "torch.compile",
 }
-_OFF = "LORA_KERNELS=0 in the environment"
+_VARIABLE = "LORA_KERNELS"
+_OFF = f"{_VARIABLE}=0 in the environment"
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,10 @@ def patch_peft(*, groups: bool = True) -> PeftPatch:
     Returns:
         A handle with `undo()`, which is a context manager too.
     Raises:
+        ValueError: LORA_KERNELS in the environment is neither 0 nor 1.
         RuntimeError: the installed PEFT is too old or too new for what this relies on.
     """
-    if _is_off():
+    if not is_on(_VARIABLE):
         return PeftPatch(None, _OFF)
     check_peft()
     if _is_ours("_create_new_module"):
@@ -194,11 +196,11 @@ def apply_lora_kernels(model: nn.Module, *, groups: bool = True) -> Report:
         Which layers run fused, as the model and autocast stand now, and why the others do not.
     Raises:
         TypeError: model is not an nn.Module.
-        ValueError: model, or a part of it, is wrapped already.
+        ValueError: model, or a part of it, is wrapped already; or LORA_KERNELS in the environment is neither 0 nor 1.
         RuntimeError: the installed PEFT is too old or too new for what this relies on.
     """
     layers = _lora_layers(model, "apply_lora_kernels")
-    if _is_off():
+    if not is_on(_VARIABLE):
         return Report(tuple(LayerReport(name, _OFF) for name in layers))
     check_peft()
     fused = tuple(LayerReport(name, _fuse(layer)) for name, layer in layers.items())
@@ -319,10 +321,6 @@ def _grouping(inject: Any) -> Any:
 
 def _is_ours(name: str) -> bool:
     return getattr(getattr(lora.LoraModel, name), "_fuses_lora", False)
-
-
-def _is_off() -> bool:
-    return os.environ.get("LORA_KERNELS") == "0"
 
 
 def _lora_layers(model: nn.Module, caller: str) -> dict[str, nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,19 +13,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 
+from terminal import on_a_terminal
+
+from lora_kernels.backends import cuda_build
 from lora_kernels.cli.bench import command, options
 from lora_kernels.cli.bench.cases import SUITES, Case
 from lora_kernels.cli.bench.clock import Times
 from lora_kernels.cli.bench.layers import Plan
 from lora_kernels.cli.bench.plots import write_plots
 from lora_kernels.cli.bench.providers import PROVIDERS
-from lora_kernels.cli.bench.results import RESULTS_FILE, Measurement, Results, read_results
+from lora_kernels.cli.bench.results import RESULTS_FILE, Measurement, ModelMeasurement, Results, read_results
 from lora_kernels.cli.bench.roofline import Ceilings
 from lora_kernels.cli.main import build_parser, main
 
@@ -120,6 +125,102 @@ def test_quick_starts_nothing_after_its_time(
     assert main(["bench", "--device", "cpu", "--quick", "--no-plots", "--out", str(tmp_path)]) == 0
     assert len(instant) == 1
     assert "time is up: 3 of 4 cases were not measured" in capsys.readouterr().err
+
+
+def test_quick_names_whom_it_left_out(
+    instant: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    argv = ["bench", "--device", "cpu", "--quick", "--no-plots", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    assert set(read_results(tmp_path / RESULTS_FILE).left_out) == {"peft-compile"}
+    _, reasons = capsys.readouterr().out.split("no figure:\n")
+    assert "peft-compile  left out of --quick, because it is not compiled yet: --quick --providers" in reasons
+    assert main([*argv, "--providers", "peft-compile"]) == 0
+    assert read_results(tmp_path / RESULTS_FILE).left_out == {}
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("built", "missing", "takes_part"), [(True, None, True), (False, None, False), (False, "there is no nvcc", True)]
+)
+def test_quick_has_cuda_where_it_need_not_be_compiled(
+    built: bool, missing: str | None, takes_part: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(cuda_build, "is_built", lambda capability: built)
+    monkeypatch.setattr(cuda_build, "missing", lambda: missing)
+    monkeypatch.setattr(cuda_build, "nowhere", lambda: None)
+    quick, everything = _options("--quick"), _options()
+    assert isinstance(quick, options.LayerOptions)
+    assert isinstance(everything, options.LayerOptions)
+    assert ("cuda" in quick.providers, "cuda" in quick.left_out) == (takes_part, not takes_part)
+    assert takes_part or "`python -m lora_kernels build --cuda` compiles it, once" in quick.left_out["cuda"]
+    assert everything.left_out == {}
+
+
+def test_a_baseline_of_other_cases_is_an_error(
+    instant: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, "--no-plots", "--shapes", "5x48x40", "--out", str(tmp_path)]) == 0
+    again = ["--out", str(tmp_path / "now"), "--baseline", str(tmp_path / RESULTS_FILE)]
+    capsys.readouterr()
+    assert main([*SMALL, "--no-plots", "--shapes", "6x48x40", *again]) == 2
+    captured = capsys.readouterr()
+    assert "nothing could be compared: 2 figures of this run are not in it, and 2 of its figures" in captured.err
+    # What was measured is not lost with it.
+    assert "6x48x40" in captured.out
+    assert (tmp_path / "now" / RESULTS_FILE).exists()
+
+
+def test_a_disk_that_fills_up_during_the_run(
+    instant: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = json.dump
+
+    def dump(data: Any, file: Any, **options: Any) -> None:
+        if len(instant) == 2:
+            file.write("{")
+            raise OSError(28, "No space left on device")
+        whole(data, file, **options)
+
+    monkeypatch.setattr(json, "dump", dump)
+    assert main([*SMALL, "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    path = tmp_path / RESULTS_FILE
+    assert captured.err == f"lora_kernels: error: {path}: cannot be written (No space left on device)\n"
+    assert len(instant) == 2
+    # Both are in the terminal; in the file is what could still be written, and nothing is left beside it.
+    assert all(str(case) in captured.out for case in instant)
+    assert {m.case for m in read_results(path).measurements} == {instant[0]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_that_cannot_be_written(
+    instant: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ratios-cpu-eager.png").mkdir()
+    assert main([*SMALL, "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert "ratios-cpu-eager.png: cannot be written (Is a directory)" in captured.err
+    assert "128x256x320 r16 float32" in captured.out
+    assert (tmp_path / RESULTS_FILE).exists()
+
+
+def test_ceilings_have_a_progress_bar(
+    instant: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = on_a_terminal(monkeypatch)
+    assert main([*SMALL, "--no-plots", "--out", str(tmp_path)]) == 0
+    assert re.search(r"ceilings: 100%.* 1/1 ", terminal.getvalue())
+
+
+def test_no_progress_bar_where_there_is_no_terminal(
+    instant: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, "--no-plots", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_interrupt_leaves_what_was_finished(tmp_path: Path) -> None:
@@ -234,6 +335,7 @@ def test_defaults_depend_on_the_device() -> None:
     assert quick.cases == SUITES["quick"]
     assert quick.seconds < 60
     assert "peft-compile" not in quick.providers
+    assert "peft-compile" in quick.left_out
     assert cpu.cases == SUITES["tiny"]
     one = _options("--projections", "gemma-9b", "--m", "7", "--ranks", "4", "8", "--nf4")
     assert isinstance(one, options.LayerOptions)
@@ -272,10 +374,24 @@ def test_the_crossover() -> None:
 
 
 def test_plot_draws_earlier_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _sweep().write(tmp_path)
-    assert main(["bench", "--plot", str(tmp_path / RESULTS_FILE), "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "roofline-warm-graph.png").exists()
-    assert "warm, graph" in capsys.readouterr().out
+    """Layers and whole models may be in one file; every kind of picture comes of it."""
+    found = _sweep()
+    found.measurements.append(replace(found.measurements[1], provider="triton", times=Times(60.0, 59.0, 61.0, 30)))
+    for provider, median in (("frozen", 8e5), ("triton", 9e5)):
+        times, losses = Times(median, median, median, 10), tuple(12 - step / 100 for step in range(10))
+        found.models.append(
+            ModelMeasurement("llama-8b", 32, 32, 2, 4096, 16, None, True, provider, times, losses=losses)
+        )
+    found.write(tmp_path)
+    out = tmp_path / "out"
+    assert main(["bench", "--plot", str(tmp_path / RESULTS_FILE), "--out", str(out)]) == 0
+    kinds = ("ratios-warm-graph", "roofline-warm-graph", "time-against-m-warm-graph", "models", "losses")
+    assert {path.name for path in out.iterdir()} == {f"{kind}.png" for kind in kinds}
+    for path in out.iterdir():
+        assert path.read_bytes().startswith(PNG_SIGNATURE)
+    printed = capsys.readouterr().out
+    assert "warm, graph" in printed
+    assert "llama-8b: 2 x 4096 tokens" in printed
 
 
 def test_results_are_json_for_others(instant: list[Case], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from lora_kernels.cli.bench.results import (
     read_results,
 )
 from lora_kernels.cli.bench.roofline import Ceilings
-from lora_kernels.cli.bench.table import layer_tables, model_table
+from lora_kernels.cli.bench.table import layer_tables, loss_gap, model_table
 from lora_kernels.cli.errors import UserError
 
 CASE = Case(8192, 4096, 4096)
@@ -58,6 +59,7 @@ def test_round_trip(tmp_path: Path) -> None:
     )
     before.note_gpu("now")
     before.interrupted = True
+    before.left_out = {"peft-compile": "it was left out"}
     before.write(tmp_path)
     assert read_results(tmp_path / RESULTS_FILE) == before
     assert [path.name for path in tmp_path.iterdir()] == [RESULTS_FILE]
@@ -91,6 +93,7 @@ def test_files_from_before_there_were_groups_are_read(tmp_path: Path) -> None:
     before.write(tmp_path)
     data = json.loads((tmp_path / RESULTS_FILE).read_text())
     assert data["measurements"][0]["case"].pop("others") == []
+    assert data.pop("left_out") == {}
     (tmp_path / RESULTS_FILE).write_text(json.dumps(data))
     assert read_results(tmp_path / RESULTS_FILE) == before
 
@@ -137,9 +140,29 @@ def test_memory_and_models_are_compared() -> None:
 
 
 def test_what_has_no_counterpart_is_counted() -> None:
-    before = results(measurement("frozen", 800.0))
-    comparison = compare(before, results(measurement("frozen", 800.0), measurement("triton", 880.0)))
-    assert (comparison.compared, comparison.not_compared) == (0, 1)
+    before = results(
+        measurement("frozen", 800.0),
+        measurement("peft", 1200.0),
+        measurement("eager", 1000.0),
+        measurement("cuda", 0.0, times=None, reason="no compiler", peak_bytes=None),
+        models=(model("frozen", 8e5), model("peft", 9e5)),
+    )
+    now = results(measurement("frozen", 800.0), measurement("eager", 1000.0), measurement("triton", 880.0))
+    comparison = compare(before, now)
+    assert (comparison.compared, comparison.not_compared) == (1, 1)
+    assert comparison.gone == {"peft": 2}
+    assert "1 figures compared, 1 have no counterpart, 2 of the baseline are gone (peft 2)" in str(comparison)
+
+
+def test_a_comparison_of_nothing_is_refused() -> None:
+    floor, triton = measurement("frozen", 800.0), measurement("triton", 880.0)
+    with pytest.raises(UserError, match="nothing could be compared: 1 figures of this run are not in it, and 0 of"):
+        compare(results(floor), results(floor, triton))
+    with pytest.raises(UserError, match=r"nothing could be compared: 0 figures .* and 1 of its figures are not in"):
+        compare(results(floor, triton), results(floor))
+    other = replace(CASE, M=2048)
+    with pytest.raises(UserError, match=r"nothing could be compared: 1 figures .* and 1 of its figures are not in"):
+        compare(results(floor, triton), results(replace(floor, case=other), replace(triton, case=other)))
 
 
 def test_the_table_shows_every_number_and_every_reason() -> None:
@@ -160,9 +183,45 @@ def test_the_table_shows_every_number_and_every_reason() -> None:
 
 
 def test_a_reduced_model_says_so() -> None:
-    text = model_table([replace(model("frozen", 8e5), layers=4), replace(model("triton", 1e6), layers=4)])
+    text = model_table([replace(model("frozen", 8e5), layers=4), replace(model("triton", 1e6), layers=4)], {})
     assert "REDUCED to 4 of 32 layers" in text
     assert "10,240" in text
     assert "0.800" in text
     assert "30.00" in text
-    assert "REDUCED" not in model_table([model("frozen", 8e5)])
+    assert "REDUCED" not in model_table([model("frozen", 8e5)], {})
+
+
+def test_losses_are_held_against_stock_peft_of_the_same_dtypes() -> None:
+    losses = {
+        "frozen": (12.0, 12.0, 12.0),
+        "peft": (10.0, 8.0, 5.0),
+        "peft-float32": (10.0, 8.0, 4.0),
+        "triton": (10.1, 7.6, 5.0),
+        # Interrupted before the last step.
+        "triton-float32": (10.0, 8.2),
+    }
+    text = model_table([replace(model(name, 1e6), losses=values) for name, values in losses.items()], {})
+    rows = {line.split()[0]: line.split() for line in text.splitlines()[2:]}
+    assert text.splitlines()[1].endswith("loss gap")
+    assert {name: row[-1] for name, row in rows.items()} == {
+        "frozen": "-",
+        "peft": "-",
+        "peft-float32": "-",
+        "triton": "5.0e-02",
+        "triton-float32": "2.5e-02",
+    }
+    assert rows["triton"][5:8] == ["10.100", "->", "5.000"]
+    assert math.isnan(loss_gap((10.0, float("nan"), 5.0), losses["peft"]))
+    alone = model_table([model("triton", 1e6)], {})
+    assert alone.splitlines()[-1].endswith("11.500 -> 11.250         -")
+
+
+def test_who_was_left_out_is_named() -> None:
+    left_out = {"peft-compile": "left out, because it would be compiled"}
+    layers = results(measurement("frozen", 800.0))
+    layers.left_out = left_out
+    assert layer_tables(layers).endswith("no figure:\n  peft-compile  left out, because it would be compiled")
+    [*_, line] = model_table([model("frozen", 8e5)], left_out).splitlines()
+    assert line.split(None, 2) == ["peft-compile", "-", "left out, because it would be compiled"]
+    assert layer_tables(replace(layers, measurements=[])) == ""
+    assert model_table([], left_out) == ""

@@ -13,12 +13,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from lora_kernels.cli.bench import command, models
+from lora_kernels.cli.bench import command, models, options
 from lora_kernels.cli.bench.models import MODEL_PROVIDERS, ModelProvider, Trained, build
 from lora_kernels.cli.bench.providers import Missing, WrongAnswer
 from lora_kernels.cli.bench.results import RESULTS_FILE, Setting, read_results
 from lora_kernels.cli.bench.shapes import TINY
-from lora_kernels.cli.bench.training import Training, _check
+from lora_kernels.cli.bench.training import BATCHES, Training, _check
 from lora_kernels.cli.main import main
 
 CPU = torch.device("cpu")
@@ -90,8 +90,10 @@ def test_only_the_named_backend_runs_also_where_it_is_recomputed(monkeypatch: py
         monkeypatch.setitem(vars(functions), "forward", counted)
     trained = Trained(MODEL_PROVIDERS["eager"], _base(), 4, checkpointing=True)
     trained.loss(torch.zeros(2, 16, dtype=torch.int64))
-    # The forward of every layer, and once more in the backward; q, k and v are a group, and so are gate and up.
-    assert calls.count("layer") == calls.count("group") == 2 * 2 * 2
+    # In each of two blocks: the forward, and once more in the backward. q, k and v are a group, and so are gate and up.
+    assert calls.count("group") == 2 * (2 + 2)
+    # o and down; the recomputation ends before down, whose output nobody needs again.
+    assert calls.count("layer") == 2 * (2 + 1)
 
 
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +112,40 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for ours, theirs in zip(found["eager"].losses, found["peft"].losses, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3)
     assert "REDUCED to 1 of 2 layers" in capsys.readouterr().out
+
+
+def test_the_same_batches_come_again_and_the_loss_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    steps = Trained.step
+
+    def step(self: Trained, tokens: torch.Tensor) -> torch.Tensor:
+        if self.provider.backend == "eager":
+            seen.append(tokens)
+        return steps(self, tokens)
+
+    monkeypatch.setattr(Trained, "step", step)
+    training = Training(SETTING, _base(), TINY.vocabulary)
+    for name in ("peft", "eager"):
+        training.prepare(name)
+    list(training.rounds(3 * BATCHES))
+    assert len(seen) > 3 * BATCHES
+    for index, tokens in enumerate(seen):
+        assert torch.equal(tokens, seen[index % BATCHES])
+    assert len({tuple(tokens.flatten().tolist()) for tokens in seen}) == BATCHES
+    for m in training.measurements():
+        first, last = m.losses[:BATCHES], m.losses[-BATCHES:]
+        assert all(after < before - 0.03 for before, after in zip(first, last, strict=True)), m.losses
+
+
+def test_who_was_left_out_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {name: MODEL_PROVIDERS[name] for name in ("frozen", "peft", "peft-compile")}
+    monkeypatch.setattr(options, "MODEL_PROVIDERS", few)
+    assert main([*RUN, "--layers", "1", "--steps", "1", "--out", str(tmp_path)]) == 0
+    assert set(read_results(tmp_path / RESULTS_FILE).left_out) == {"peft-compile"}
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "peft-compile" in line]
+    assert "a whole model takes minutes to compile: name it after --providers to have it" in line
 
 
 def test_nf4(tmp_path: Path) -> None:

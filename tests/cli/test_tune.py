@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,7 +118,8 @@ def test_without_a_table_the_shipped_ones_are_used() -> None:
     for chip in (HOPPER, AMPERE, INTERPRETER):
         assert tuned.tuned_table(chip) is None
         assert one_pass_tiles(chip, 2, True, 2048, 4096) == shipped_tiles(chip, 2, True, 2048, 4096)
-    assert "shipped ones, measured on an H100" in tuned.describe(HOPPER)
+    assert "measured on an H100 with 132 multiprocessors (this is a 9.0 with 132)" in tuned.describe(HOPPER)
+    assert "(this is a 9.0 with 78)" in tuned.describe(replace(HOPPER, multiprocessors=78))
     assert "not measured on this GPU" in tuned.describe(AMPERE)
 
 
@@ -260,6 +262,108 @@ def test_a_wrong_configuration_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> 
         found = measure.measure_one_pass(problem, [good, wrong], CpuClock("cpu"), 2)
         assert isinstance(found[good], Times)
         assert str(found[wrong]).startswith("wrong answer: off by 1.0e-01")
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Every configuration takes the same time and holds; after `stop_after` problems comes a Ctrl-C."""
+    pytest.importorskip("tqdm")
+    from lora_kernels.cli.tune import tuning
+
+    state = SimpleNamespace(stop_after=99, measured=0)
+
+    def measure(problem: object, tried: Any, clock: object, samples: int) -> dict[Any, Times]:
+        if state.measured == state.stop_after:
+            raise KeyboardInterrupt
+        state.measured += 1
+        return {tiles: _times(10.0 + index) for index, tiles in enumerate(tried)}
+
+    for name in ("measure_one_pass", "measure_grads"):
+        monkeypatch.setattr(tuning, name, measure)
+    monkeypatch.setattr(tuning, "holds", lambda *arguments: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return state
+
+
+TWO = ["tune", "--shapes", "33x64x48", "17x64x40", "--rank", "3", "--out"]
+
+
+def test_interrupt_keeps_the_cases_that_were_finished(
+    instant: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    # Forward, dx and gradients of the first case, and the forward of the second.
+    instant.stop_after = 4
+    assert main([*TWO, str(path)]) == 130
+    table = read_table(path, INTERPRETER)
+    assert {(entry.M, entry.N) for entry in table.one_pass} == {(33, 48), (33, 64)}
+    assert len(table.adapter_grads) == 1
+    assert table.made.endswith("interrupted after 1 of 2 cases, with 3 choices made")
+    printed = capsys.readouterr()
+    assert f"table       {path}, interrupted after 1 of 2 cases, with 3 choices made\n" in printed.out
+    assert printed.err == ""
+
+
+def test_interrupt_leaves_an_earlier_table_alone(
+    instant: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    assert main([*TWO, str(path)]) == 0
+    earlier = path.read_text()
+    assert len(read_table(path, INTERPRETER).one_pass) == 4
+    instant.measured, instant.stop_after = 0, 3
+    assert main([*TWO, str(path)]) == 130
+    assert path.read_text() == earlier
+    assert len(read_table(tmp_path / "table.interrupted.json", INTERPRETER).one_pass) == 2
+    assert f"{path} stays as it was, and LORA_KERNELS_TUNED can name this one" in capsys.readouterr().out
+
+
+def test_interrupt_before_anything_is_complete(
+    instant: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    instant.stop_after = 2
+    assert main([*TWO, str(tmp_path / "table.json")]) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert "table       none: nothing was complete" in capsys.readouterr().out
+
+
+def test_interrupt_of_the_choice_keeps_what_was_chosen(
+    instant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_kernels.cli.tune import tuning
+
+    chosen: list[object] = []
+
+    def choose_two(*arguments: Any) -> Any:
+        if len(chosen) == 2:
+            raise KeyboardInterrupt
+        chosen.append(arguments)
+        return choose(*arguments)
+
+    monkeypatch.setattr(tuning, "choose", choose_two)
+    assert main([*TWO, str(tmp_path / "table.json")]) == 130
+    table = read_table(tmp_path / "table.json", INTERPRETER)
+    assert (len(table.one_pass), len(table.adapter_grads)) == (2, 0)
+    assert table.made.endswith("interrupted after 2 of 2 cases, with 2 choices made")
+
+
+def test_a_full_disk(
+    instant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main([*TWO, str(tmp_path / "table.json")]) == 2
+    assert capsys.readouterr().err.endswith(f"--out {tmp_path}: cannot be written (No space left on device)\n")
+    assert instant.measured == 0
+    monkeypatch.setattr(TunedTable, "write", full)
+    assert main([*TWO, str(tmp_path / "table.json")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.endswith("table.json: cannot be written (No space left on device)\n")
+    assert "adapter gradients: " in captured.out
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

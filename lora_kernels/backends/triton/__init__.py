@@ -7,57 +7,10 @@ import os
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import Backend, Precision, Problem, Scale, eager
-from lora_kernels.backends.triton import gated, group_launch, launch, nf4_launch, nf4_tiles
+from lora_kernels.backends import Backend, NF4Path, Problem
+from lora_kernels.backends.triton import gated, group, launch, nf4_tiles, single
 from lora_kernels.backends.triton.tiles import INTERPRETER, candidates, chip_of
-from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import NF4Weight
-from lora_kernels.weights import Weight
-
-
-def forward(
-    x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scale: Scale,
-    dropout: Dropout | None,
-    precision: Precision,
-    want_s: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """y = x W^T + S B^T + b and S = scale * mask(x) A^T."""
-    down, up = lora_A.T, lora_B.T
-    if isinstance(weight, NF4Weight):
-        y, s = nf4_launch.one_pass(x, weight, down, up, bias, scale, dropout, True, precision)
-    else:
-        y, s = launch.one_pass(x, _strided(weight).T, down, up, bias, scale, dropout, True, precision)
-    return y, s if want_s else None
-
-
-def backward_input(
-    dy: Tensor,
-    weight: Weight | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor,
-    scale: Scale,
-    dropout: Dropout | None,
-    precision: Precision,
-    want_dx: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """T = scale * dy B and dx = dy W + mask(T A)."""
-    if not want_dx:
-        # No big product to share a pass with: what is left is a library's business.
-        return eager.backward_input(dy, None, None, lora_B, scale, None, precision, want_dx=False)
-    assert weight is not None and lora_A is not None
-    if isinstance(weight, NF4Weight):
-        return nf4_launch.one_pass(dy, weight, lora_B, lora_A, None, scale, dropout, False, precision)
-    return launch.one_pass(dy, _strided(weight), lora_B, lora_A, None, scale, dropout, False, precision)
-
-
-def _strided(weight: Tensor) -> Tensor:
-    """The kernels read weights stored as [N, K] or as [K, N]; any other is copied."""
-    return weight if 1 in weight.stride() else weight.contiguous()
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -98,14 +51,19 @@ def _describe(problem: Problem) -> str | None:
     return f"one launch forward, two backward; {path}; tiles by M from {tiles}{nf4}"
 
 
+def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:
+    return nf4_tiles.describe_paths(chip_of(x.device), x, weight)
+
+
 BACKEND = Backend(
     "triton",
     _refuses,
     _declines,
-    forward,
-    backward_input,
+    single.forward,
+    single.backward_input,
     launch.adapter_grads,
     _describe,
-    group=group_launch.GROUP,
+    group=group.GROUP,
     gated=gated.GATED,
+    nf4_paths=_nf4_paths,
 )

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lora_kernels.backends import GroupBackend, Member, Precision, Problem, eager
+from lora_kernels.backends import Member, Precision, Problem, eager
 from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton.group_forward import group_forward_kernel
 from lora_kernels.backends.triton.group_grads import group_grads_kernel
@@ -267,8 +267,6 @@ def refuses(problems: Sequence[Problem]) -> str | None:
     """Why a group goes member by member."""
     if not 2 <= len(problems) <= MOST_MEMBERS:
         return f"its kernels take 2 or 3 members, and this group has {len(problems)}"
-    if any(problem.nf4 for problem in problems):
-        return "its kernels read dense weights, and this group has NF4 ones"
     return None
 
 
@@ -300,6 +298,3 @@ def _memory(launch: Launch, device: torch.device) -> tuple[Tensor, Tensor]:
 def _three(values: Sequence[Any], filler: Any = None, length: int = MOST_MEMBERS) -> tuple[Any, ...]:
     """As many as the kernels have arguments for."""
     return (*values, *[filler] * (length - len(values)))
-
-
-GROUP = GroupBackend(refuses, forward, backward_input, backward_adapters)

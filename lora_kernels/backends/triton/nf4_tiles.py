@@ -8,11 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_kernels.backends import NF4Path
 from lora_kernels.backends.triton.tiles import INTERPRETER, MAX_PARTS, Chip
 from lora_kernels.nf4 import NF4Weight
 
 # "fly": decoded inside of the product. "scratch": decoded by a launch of its own, right before a dense product.
 Path = Literal["fly", "scratch"]
+_WORDS: dict[Path, str] = {"fly": "inside of the product", "scratch": "by a launch of its own"}
 
 
 @dataclass(frozen=True)
@@ -146,3 +148,11 @@ def describe(chip: Chip, dtype: torch.dtype, columns: int) -> str:
         f"the NF4 weight is decoded inside of the product up to {forward} rows forward and {backward} backward if its "
         f"block size divides {columns}, else by a launch of its own"
     )
+
+
+def describe_paths(chip: Chip, x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:
+    """What explain() says of one call: the paths of its forward and of its backward, where dy starts on 16 bytes."""
+    dy = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device="meta")
+    found = (path_for(chip, left, weight, forward) for left, forward in ((x, True), (dy, False)))
+    forward, backward = (NF4Path(_WORDS[path], why) for path, why in found)
+    return forward, backward

@@ -111,7 +111,11 @@ def describe(chip: Chip) -> str:
     if table is not None:
         return f"tuned on this GPU ({table.made}): {table_path(chip)}"
     if chip.has_tma:
-        return "shipped ones, measured on an H100; `python -m lora_kernels tune` measures here"
+        major, minor = chip.capability
+        return (
+            f"shipped ones for Hopper, which were measured on an H100 with 132 multiprocessors (this is a {major}.{minor} "
+            f"with {chip.multiprocessors}); `python -m lora_kernels tune` measures on this GPU"
+        )
     return "shipped defaults, not measured on this GPU; `python -m lora_kernels tune` does that"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,15 +23,23 @@ Figure = Measurement | ModelMeasurement
 
 @dataclass
 class Comparison:
-    """Against a baseline: lines for what got worse and what got better, and how much was comparable."""
+    """Against a baseline: lines for what got worse and what got better, and how much was comparable.
+
+    `gone` counts, for each provider, the figures of the baseline that this run has not.
+    """
 
     worse: list[str] = field(default_factory=list)
     better: list[str] = field(default_factory=list)
     compared: int = 0
     not_compared: int = 0
+    gone: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        lines = [f"against the baseline: {self.compared} figures compared, {self.not_compared} have no counterpart"]
+        whose = f" ({', '.join(f'{name} {count}' for name, count in self.gone.items())})" if self.gone else ""
+        lines = [
+            f"against the baseline: {self.compared} figures compared, {self.not_compared} have no counterpart, "
+            f"{self.gone.total()} of the baseline are gone{whose}"
+        ]
         lines += [f"  better: {line}" for line in self.better]
         lines += [f"  WORSE:  {line}" for line in self.worse]
         return "\n".join([*lines, f"  {len(self.worse)} got worse, {len(self.better)} better, beyond the noise"])
@@ -48,10 +57,19 @@ def require_comparable(baseline: Results, environment: Mapping[str, object]) -> 
 
 
 def compare(baseline: Results, now: Results) -> Comparison:
-    """Compares ratios to the floor of each run, so that a slower clock of the whole chip is no regression."""
+    """Compares ratios to the floor of each run, so that a slower clock of the whole chip is no regression.
+
+    Raises:
+        UserError: no figure is in both.
+    """
     comparison = Comparison()
     _compare_figures(comparison, baseline.measurements, now.measurements)
     _compare_figures(comparison, baseline.models, now.models)
+    if comparison.compared == 0:
+        raise UserError(
+            f"--baseline: nothing could be compared: {comparison.not_compared} figures of this run are not in it, "
+            f"and {comparison.gone.total()} of its figures are not in this run"
+        )
     return comparison
 
 
@@ -61,7 +79,7 @@ def _compare_figures(comparison: Comparison, baseline: Sequence[Figure], now: Se
         before = earlier.get(figure.key)
         if figure.provider == FLOOR:
             continue
-        if before is None or (before.times is None and before.peak_bytes is None):
+        if before is None or not _has_figure(before):
             comparison.not_compared += 1
             continue
         comparison.compared += 1
@@ -77,6 +95,16 @@ def _compare_figures(comparison: Comparison, baseline: Sequence[Figure], now: Se
         else:
             absolute = [(t.median, t.median * t.spread) for t in (before.times, figure.times)]
             _compare_times(comparison, figure, *absolute)
+    found = {figure.key for figure in now}
+    comparison.gone.update(
+        before.provider
+        for before in baseline
+        if before.provider != FLOOR and _has_figure(before) and before.key not in found
+    )
+
+
+def _has_figure(figure: Figure) -> bool:
+    return figure.times is not None or figure.peak_bytes is not None
 
 
 def _compare_times(

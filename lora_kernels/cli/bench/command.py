@@ -25,13 +25,14 @@ from lora_kernels.cli.bench.results import (
     Setting,
     environment,
     read_results,
-    require_writable,
 )
 from lora_kernels.cli.bench.roofline import measure_ceilings
 from lora_kernels.cli.bench.table import layer_tables, model_table
 from lora_kernels.cli.bench.training import Training
 from lora_kernels.cli.errors import UserError
+from lora_kernels.cli.files import require_writable
 from lora_kernels.cli.quiet import quieten_libraries
+from lora_kernels.cli.waiting import bar
 
 if TYPE_CHECKING:
     from lora_kernels.cli.bench.shapes import ModelShape
@@ -51,17 +52,17 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(options, PlotOptions):
         _show(read_results(options.file), options.out, plots=True)
         return 0
-    results = Results(environment(torch.device(options.device)) | {"note": args.note})
+    machine = environment(torch.device(options.device))
+    results = Results(machine | {"note": args.note}, left_out=options.left_out)
     if baseline is not None:
         require_comparable(baseline, results.environment)
     try:
-        if isinstance(options, ModelOptions):
-            _measure_model(options, results)
-        else:
-            _measure_layers(options, results)
-    except KeyboardInterrupt:
-        results.interrupted = True
-    results.write(options.out)
+        _measure(options, results)
+        results.write(options.out)
+    except UserError:
+        # They cannot be written any more: this is the last chance to have them.
+        _show(results, options.out, plots=False)
+        raise
     _show(results, options.out, options.plots)
     print(f"results     {options.out / RESULTS_FILE}{', of what was finished' if results.interrupted else ''}")
     if results.interrupted:
@@ -85,6 +86,17 @@ def _require_packages(options: Options) -> None:
         raise UserError(f'bench needs more packages ({", ".join(missing)}): pip install "lora-kernels[bench]"{instead}')
 
 
+def _measure(options: LayerOptions | ModelOptions, results: Results) -> None:
+    """Leaves in `results` what was finished at Ctrl-C."""
+    try:
+        if isinstance(options, ModelOptions):
+            _measure_model(options, results)
+        else:
+            _measure_layers(options, results)
+    except KeyboardInterrupt:
+        results.interrupted = True
+
+
 def _measure_layers(options: LayerOptions, results: Results) -> None:
     """Case by case, each written as soon as it is measured."""
     from tqdm import tqdm
@@ -99,15 +111,17 @@ def _measure_layers(options: LayerOptions, results: Results) -> None:
         parts=("step",) if options.what == "cpu-time" else ("forward", "step"),
     )
     if options.what == "time":
-        for clock in plan.clocks:
+        for clock in bar(plan.clocks, "clock", "ceilings"):
             results.ceilings[ceilings_key(clock)] = measure_ceilings(
                 clock, device, DTYPES[options.cases[0].dtype], options.samples
             )
             clock.load()
             results.note_gpu(ceilings_key(clock))
-    for done, case in enumerate(tqdm(options.cases, unit="case", dynamic_ncols=True)):
+    for done, case in enumerate(bar(options.cases, "case")):
         if time.perf_counter() - started > options.seconds:
-            _say(f"time is up: {len(options.cases) - done} of {len(options.cases)} cases were not measured")
+            left = f"{len(options.cases) - done} of {len(options.cases)}"
+            # Around the progress bar.
+            tqdm.write(f"time is up: {left} cases were not measured", file=sys.stderr)
             break
         for measurement in measure_case(case, plan, results.ceilings):
             results.measurements.append(measurement)
@@ -127,12 +141,10 @@ def _clocks(options: LayerOptions) -> list[Clock]:
 
 def _measure_model(options: ModelOptions, results: Results) -> None:
     """All providers in turns; what there is of them at Ctrl-C counts."""
-    from tqdm import tqdm, trange
-
     quieten_libraries()
     device = torch.device(options.device)
     shape: ModelShape = options.shape
-    count = trange(options.layers, desc="building", unit="layer", dynamic_ncols=True)
+    count = bar(range(options.layers), "layer", "building")
     base = build(shape, options.layers, options.seq, options.quantize, device, count)
     setting = Setting(
         options.model,
@@ -146,10 +158,10 @@ def _measure_model(options: ModelOptions, results: Results) -> None:
     )
     training = Training(setting, base, shape.vocabulary)
     try:
-        for name in tqdm(options.providers, desc="checking", unit="provider", dynamic_ncols=True):
+        for name in bar(options.providers, "provider", "checking"):
             training.prepare(name)
         training.forget_reference()
-        for _ in tqdm(training.rounds(options.steps), total=options.steps, desc="measuring", unit="round"):
+        for _ in bar(training.rounds(options.steps), "round", "measuring", options.steps):
             results.models = training.measurements()
             results.write(options.out)
         results.note_gpu("at the end")
@@ -161,7 +173,7 @@ def _measure_model(options: ModelOptions, results: Results) -> None:
 def _show(results: Results, folder: Path, plots: bool) -> None:
     if results.environment.get("device") == CPU:
         print("on a CPU: these times show that the command works, and nothing about a GPU\n")
-    for text in (layer_tables(results), model_table(results.models)):
+    for text in (layer_tables(results), model_table(results.models, results.left_out)):
         if text:
             print(text, end="\n\n")
     if plots:
@@ -169,7 +181,3 @@ def _show(results: Results, folder: Path, plots: bool) -> None:
 
         for path in write_plots(results, folder):
             print(f"plot        {path}")
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

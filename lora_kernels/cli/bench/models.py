@@ -18,6 +18,8 @@ from lora_kernels.cli.bench.shapes import PROJECTIONS, ModelShape
 from lora_kernels.dispatch import PREFERENCE, BackendName
 
 DTYPE = torch.bfloat16
+# Adapters in bfloat16 would round much smaller steps away.
+LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,27 @@ class ModelProvider:
     compiled: bool = False
 
 
-REFERENCE = "peft"
+REFERENCE, REFERENCE_FLOAT32 = "peft", "peft-float32"
 MODEL_PROVIDERS: dict[str, ModelProvider] = {
     FLOOR: ModelProvider(lora=False),
     REFERENCE: ModelProvider(),
-    "peft-float32": ModelProvider(float32=True),
+    REFERENCE_FLOAT32: ModelProvider(float32=True),
     "peft-compile": ModelProvider(compiled=True),
     **{name: ModelProvider(backend=name) for name in reversed(PREFERENCE)},
     "triton-float32": ModelProvider(backend="triton", float32=True),
 }
-# Compiling a whole model takes minutes.
-DEFAULT_PROVIDERS = tuple(name for name in MODEL_PROVIDERS if name != "peft-compile")
+# Who takes part only where it is named.
+LEFT_OUT = {
+    "peft-compile": "left out, because a whole model takes minutes to compile: name it after --providers to have it"
+}
+
+
+def stock_of(name: str) -> str | None:
+    """Stock PEFT with the same dtypes, whose losses a provider's are compared with; None where it is none of ours."""
+    provider = MODEL_PROVIDERS.get(name)
+    if provider is None or not provider.lora:
+        return None
+    return REFERENCE_FLOAT32 if provider.float32 else REFERENCE
 
 
 def build(
@@ -128,7 +140,8 @@ class Trained:
         self.adapters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         _fill(self.adapters)
         fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=1e-4, fused=fused) if self.adapters else None
+        adapters = self.adapters.values()
+        self.optimizer = torch.optim.AdamW(adapters, lr=LEARNING_RATE, fused=fused) if adapters else None
         if provider.compiled:
             self.model.compile()
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_kernels.cli.arguments import number, whole
 from lora_kernels.cli.bench.cases import DTYPES, SUITES, Case
 from lora_kernels.cli.bench.clock import LAUNCHES, REGIMES
-from lora_kernels.cli.bench.models import DEFAULT_PROVIDERS, MODEL_PROVIDERS
-from lora_kernels.cli.bench.providers import FLOOR, NOT_QUICK, PROVIDERS
+from lora_kernels.cli.bench.models import LEFT_OUT, MODEL_PROVIDERS
+from lora_kernels.cli.bench.providers import FLOOR, PROVIDERS, left_out_of_quick
 from lora_kernels.cli.bench.shapes import MODELS, TINY, ModelShape, projection_shapes
 from lora_kernels.cli.errors import UserError
 
@@ -39,7 +39,10 @@ class Common:
 
 @dataclass(frozen=True)
 class LayerOptions(Common):
-    """A run over single layers. No case is started after `seconds`; `what` is "time", "cpu-time" or "memory"."""
+    """A run over single layers. No case is started after `seconds`; `what` is "time", "cpu-time" or "memory".
+
+    `left_out` says why a provider that nobody named takes no part.
+    """
 
     cases: tuple[Case, ...]
     providers: tuple[str, ...]
@@ -48,11 +51,12 @@ class LayerOptions(Common):
     samples: int
     seconds: float
     what: str
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ModelOptions(Common):
-    """A run over a whole model; `layers` of it are built."""
+    """A run over a whole model; `layers` of it are built. `left_out` is as with layers."""
 
     model: str
     layers: int
@@ -63,6 +67,7 @@ class ModelOptions(Common):
     checkpointing: bool
     providers: tuple[str, ...]
     steps: int
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def shape(self) -> ModelShape:
@@ -156,16 +161,17 @@ def _layer_options(args: argparse.Namespace, common: tuple[str, Path | None, boo
         raise UserError("--regimes and --launches: a CPU has neither")
     if on_cpu and args.memory:
         raise UserError("--memory: only a GPU's memory is accounted for")
-    default = [name for name in PROVIDERS if not (args.quick and name in NOT_QUICK)]
+    left_out = left_out_of_quick() if args.quick and not args.providers else {}
     return LayerOptions(
         *common,
         cases=tuple(dict.fromkeys(_cases(args, on_cpu))),
-        providers=_providers(args.providers or default, list(PROVIDERS)),
+        providers=_providers(args.providers, list(PROVIDERS), left_out),
         regimes=tuple(args.regimes or (REGIMES[:1] if args.quick else REGIMES)),
         launches=tuple(args.launches or LAUNCHES),
         samples=args.samples or (_CPU_TIME_SAMPLES if args.cpu_time else _QUICK_SAMPLES if args.quick else _SAMPLES),
         seconds=QUICK_SECONDS if args.quick else float("inf"),
         what="cpu-time" if args.cpu_time else "memory" if args.memory else "time",
+        left_out=left_out,
     )
 
 
@@ -173,6 +179,7 @@ def _model_options(args: argparse.Namespace, common: tuple[str, Path | None, boo
     every = WHOLE_MODELS[args.model].layers
     if (args.layers or 1) > every:
         raise UserError(f"--layers {args.layers}: {args.model} has {every}")
+    left_out = {} if args.providers else LEFT_OUT
     return ModelOptions(
         *common,
         model=args.model,
@@ -182,8 +189,9 @@ def _model_options(args: argparse.Namespace, common: tuple[str, Path | None, boo
         rank=args.rank or 16,
         quantize=args.quantize,
         checkpointing=not args.no_checkpointing,
-        providers=_providers(args.providers or list(DEFAULT_PROVIDERS), list(MODEL_PROVIDERS)),
+        providers=_providers(args.providers, list(MODEL_PROVIDERS), left_out),
         steps=args.steps or 5,
+        left_out=left_out,
     )
 
 
@@ -221,10 +229,11 @@ def _refuse_unused(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} does not go with --{'memory' if args.memory else 'cpu-time'}: it has none")
 
 
-def _providers(names: list[str], known: list[str]) -> tuple[str, ...]:
-    for name in names:
+def _providers(named: list[str] | None, known: list[str], left_out: Container[str]) -> tuple[str, ...]:
+    for name in named or ():
         if name not in known:
             raise UserError(f"--providers {name}: must be of {', '.join(known)}")
+    names = named or [name for name in known if name not in left_out]
     # The floor always takes part: every figure is a ratio to it.
     return tuple(name for name in known if name == FLOOR or name in names)
 

@@ -11,6 +11,7 @@ import matplotlib
 from lora_kernels.cli.bench.cases import Case
 from lora_kernels.cli.bench.providers import FLOOR, PROVIDERS
 from lora_kernels.cli.bench.results import Measurement, ModelMeasurement, Results
+from lora_kernels.cli.files import writing
 
 matplotlib.use("Agg")  # Before pyplot is imported: this one needs no display.
 from matplotlib import pyplot
@@ -30,10 +31,16 @@ _COLORS = {
 _LONG = 1024
 # More lines than these are a tangle.
 _AGAINST_M = (FLOOR, "bitsandbytes", "peft", "cuda", "triton")
+# Fewer steps are no curve.
+_LEAST_STEPS = 10
 
 
 def write_plots(results: Results, folder: Path) -> list[Path]:
-    """Draws what the results allow and says which files it wrote."""
+    """Draws what the results allow and says which files it wrote.
+
+    Raises:
+        UserError: one cannot be written.
+    """
     written = []
     for regime, launches in dict.fromkeys((m.regime, m.launches) for m in results.measurements):
         timed = [m for m in results.measurements if (m.regime, m.launches) == (regime, launches) and m.times]
@@ -47,6 +54,9 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
                 written.append(_save(figure, folder / f"{kind}-{name}.png"))
     if any(m.times for m in results.models):
         written.append(_save(_models(results.models, _machine(results)), folder / "models.png"))
+    losses = _losses(results.models, _machine(results))
+    if losses is not None:
+        written.append(_save(losses, folder / "losses.png"))
     return written
 
 
@@ -55,7 +65,8 @@ def _machine(results: Results) -> str:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
+    with writing(path):
+        figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path
 
@@ -195,6 +206,27 @@ def _models(models: Sequence[ModelMeasurement], machine: str) -> Any:
         for axes in (speed, memory):
             axes.invert_yaxis()
             axes.margins(x=0.15)
+    return figure
+
+
+def _losses(models: Sequence[ModelMeasurement], machine: str) -> Any:
+    """The loss of each provider at each step, a panel for each model and setting; the floor trains nothing."""
+    trained = [m for m in models if m.provider != FLOOR and len(m.losses) >= _LEAST_STEPS]
+    settings = list(dict.fromkeys(map(_setting, trained)))
+    if not settings:
+        return None
+    size = (7, 4 * len(settings))
+    figure, panels = pyplot.subplots(len(settings), 1, figsize=size, layout="constrained", squeeze=False)
+    for axes, setting in zip(panels[:, 0], settings, strict=True):
+        for m in trained:
+            if _setting(m) == setting:
+                # Lines that lie on each other are the point: they are thin enough to be seen through.
+                axes.plot(m.losses, label=m.provider, color=_COLORS.get(m.provider, "grey"), linewidth=1, alpha=0.7)
+        axes.set_title(f"{setting}, {machine}", fontsize=9, loc="left")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     return figure
 
 

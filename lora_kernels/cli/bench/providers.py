@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lora_kernels import GroupMember, explain, explain_group, lora_linear, lora_linear_group
+from lora_kernels.backends import cuda_build
 from lora_kernels.cli.bench.cases import DTYPES, SCALING, Operands
 from lora_kernels.dispatch import PREFERENCE, BackendRefused
 from lora_kernels.nf4 import NF4Weight
 
 FLOOR = "frozen"
+_NOT_QUICK = "left out of --quick, because it is not compiled yet"
 
 
 class Missing(Exception):
@@ -173,5 +175,18 @@ PROVIDERS: dict[str, Provider] = {
     "peft-compile": Provider(_peft_compile),
     **{name: Provider(_backend(name)) for name in reversed(PREFERENCE)},
 }
-# Both may have to be compiled first, which takes longer than --quick is allowed to.
-NOT_QUICK = ("peft-compile", "cuda")
+
+
+def left_out_of_quick() -> dict[str, str]:
+    """Who would be compiled for longer than --quick may take, and how to have it all the same."""
+    reasons = {"peft-compile": f"{_NOT_QUICK}: --quick --providers peft-compile compiles it for each layer"}
+    if _cuda_would_compile():
+        reasons["cuda"] = f"{_NOT_QUICK}: `python -m lora_kernels build --cuda` compiles it, once"
+    return reasons
+
+
+def _cuda_would_compile() -> bool:
+    """False where it is compiled, and also where it cannot be: there it refuses at once, with the reason."""
+    if not torch.cuda.is_available() or cuda_build.is_built(torch.cuda.get_device_capability()):
+        return False
+    return (cuda_build.missing() or cuda_build.nowhere()) is None

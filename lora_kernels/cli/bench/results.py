@@ -9,6 +9,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +24,7 @@ from lora_kernels.cli.bench.clock import CPU, Times
 from lora_kernels.cli.bench.roofline import Ceilings
 from lora_kernels.cli.environment import gpu_names, versions
 from lora_kernels.cli.errors import UserError
+from lora_kernels.cli.files import writing
 
 FORMAT = 1
 RESULTS_FILE = "results.json"
@@ -94,7 +97,7 @@ class ModelMeasurement(Setting):
 @dataclass
 class Results:
     """One run. `ceilings` has those of each "regime, launches"; `gpu_states` what nvidia-smi said, and when: while
-    the GPU was at work in the warm regime, and idle otherwise.
+    the GPU was at work in the warm regime, and idle otherwise. `left_out` says why a provider was not even tried.
     """
 
     environment: dict[str, Any]
@@ -103,19 +106,37 @@ class Results:
     models: list[ModelMeasurement] = field(default_factory=list)
     gpu_states: list[dict[str, str]] = field(default_factory=list)
     interrupted: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def note_gpu(self, when: str) -> None:
         """Remembers clocks, power and temperature of this moment."""
         self.gpu_states.append({"when": when} | gpu_state())
 
     def write(self, folder: Path) -> None:
-        """All at once, so that a run that is killed leaves what it had written before."""
+        """All at once, so that a run that is killed, or meets a full disk, leaves what it had written before.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         data = dataclasses.asdict(self) | {"format": FORMAT}
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(folder / RESULTS_FILE)
+        path = folder / RESULTS_FILE
+        with writing(path), _unfinished(folder) as unfinished:
+            with unfinished.open("w", encoding="utf-8") as file:
+                json.dump(data, file, indent=1)
+                file.write("\n")
+            unfinished.chmod(0o644)
+            unfinished.replace(path)
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A new file, which is gone afterwards unless it was given a name."""
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def read_results(path: Path) -> Results:
@@ -140,6 +161,8 @@ def read_results(path: Path) -> Results:
             models=[_model(values) for values in data["models"]],
             gpu_states=data["gpu_states"],
             interrupted=data["interrupted"],
+            # Runs from before a provider could be left out say nothing of it.
+            left_out=data.get("left_out", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a file of results of format {FORMAT} ({error})") from None
@@ -160,23 +183,6 @@ def _model(values: dict[str, Any]) -> ModelMeasurement:
 
 def _times(values: dict[str, Any] | None) -> Times | None:
     return None if values is None else Times(**values)
-
-
-def require_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be written before anything is measured, a full disk included.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            # As much as the results and the pictures of a run take.
-            file.write(bytes(4 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from lora_kernels.cli.bench.cases import Case
 from lora_kernels.cli.bench.clock import Times
+from lora_kernels.cli.bench.models import stock_of
 from lora_kernels.cli.bench.providers import FLOOR, PROVIDERS
 from lora_kernels.cli.bench.results import Measurement, ModelMeasurement, Results
 
@@ -14,6 +16,7 @@ _MIB, _GIB = 1 << 20, 1 << 30
 _NONE = "-"
 _HEADINGS = ("", "forward", "step", "of roofline", "peak MiB", "must move MiB")
 _WIDTHS = (16, 20, 20, 14, 18, 18)
+_MODEL_WIDTHS = (12, 8, 10, 10, 20, 10)
 
 
 def layer_tables(results: Results) -> str:
@@ -24,7 +27,7 @@ def layer_tables(results: Results) -> str:
         by_clock.setdefault((measurement.regime, measurement.launches), []).append(measurement)
     for (regime, launches), measurements in by_clock.items():
         blocks.append("\n".join(_block(f"{regime}, {launches}", measurements, results)))
-    return "\n\n".join(blocks + _reasons(results.measurements))
+    return "\n\n".join(blocks + _reasons(results.measurements, results.left_out if blocks else {}))
 
 
 def ratio(times: Times, floor: Times) -> tuple[float, float]:
@@ -89,30 +92,38 @@ def _moved(m: Measurement) -> str:
     return _NONE if m.bytes is None else f"{m.bytes / _MIB:.1f}"
 
 
-def _reasons(measurements: Sequence[Measurement]) -> list[str]:
-    """Why figures are missing, each reason once for all cases that share it."""
+def _reasons(measurements: Sequence[Measurement], left_out: Mapping[str, str]) -> list[str]:
+    """Why figures are missing, each reason once for all cases that share it; and who was left out of all."""
     missing: dict[tuple[str, str], set[Case]] = {}
     for m in measurements:
         if m.reason is not None:
             missing.setdefault((m.provider, m.reason), set()).add(m.case)
-    if not missing:
+    if not missing and not left_out:
         return []
     lines = [
         f"  {provider:<14}{reason} ({len(cases)} case{'s' if len(cases) > 1 else ''})"
         for (provider, reason), cases in missing.items()
     ]
+    lines += [f"  {provider:<14}{reason}" for provider, reason in left_out.items()]
     return ["\n".join(["no figure:", *lines])]
 
 
-def model_table(measurements: Sequence[ModelMeasurement]) -> str:
-    """A line for each provider of each whole model."""
+def model_table(measurements: Sequence[ModelMeasurement], left_out: Mapping[str, str]) -> str:
+    """A line for each provider of each whole model; "loss" is the first step's and the last one's."""
     lines: list[str] = []
     for title, group in groupby(measurements, key=_model_title):
-        lines += [title, f"  {'':<18}{'tokens/s':>12}{'± %':>8}{'of floor':>10}{'peak GiB':>10}"]
-        members = list(group)
-        floor = next((m.tokens_per_second for m in members if m.provider == FLOOR), None)
-        lines += [_model_line(m, floor) for m in members]
+        lines += [title, _model_cells("", "tokens/s", "± %", "of floor", "peak GiB", "loss", "loss gap")]
+        members = {m.provider: m for m in group}
+        lines += [_model_line(m, members) for m in members.values()]
+        lines += [f"  {provider:<18}{_NONE:>12}  {reason}" for provider, reason in left_out.items()]
     return "\n".join(lines)
+
+
+def loss_gap(losses: Sequence[float], stock: Sequence[float]) -> float:
+    """The largest distance of a step's loss from stock PEFT's at that step, relative to it."""
+    gaps = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(losses, stock, strict=False)]
+    # A NaN is the largest of all; to max it is so only where it comes first.
+    return next(filter(math.isnan, gaps), max(gaps))
 
 
 def _model_title(m: ModelMeasurement) -> str:
@@ -122,9 +133,27 @@ def _model_title(m: ModelMeasurement) -> str:
     return f"{m.model}{reduced}: {m.batch} x {m.seq} tokens, rank {m.rank}, {base}, {checkpointing}"
 
 
-def _model_line(m: ModelMeasurement, floor: float | None) -> str:
+def _model_line(m: ModelMeasurement, members: Mapping[str, ModelMeasurement]) -> str:
     if m.times is None or m.tokens_per_second is None:
         return f"  {m.provider:<18}{_NONE:>12}  {m.reason}"
-    relative = _NONE if floor is None else f"{m.tokens_per_second / floor:.3f}"
-    peak = _NONE if m.peak_bytes is None else f"{m.peak_bytes / _GIB:.2f}"
-    return f"  {m.provider:<18}{m.tokens_per_second:>12,.0f}{100 * m.times.spread:>8.1f}{relative:>10}{peak:>10}"
+    floor, stock = (members.get(name) for name in (FLOOR, stock_of(m.provider) or ""))
+    per_second = None if floor is None else floor.tokens_per_second
+    return _model_cells(
+        m.provider,
+        f"{m.tokens_per_second:,.0f}",
+        f"{100 * m.times.spread:.1f}",
+        _NONE if per_second is None else f"{m.tokens_per_second / per_second:.3f}",
+        _NONE if m.peak_bytes is None else f"{m.peak_bytes / _GIB:.2f}",
+        f"{m.losses[0]:.3f} -> {m.losses[-1]:.3f}" if m.losses else _NONE,
+        _gap(m, stock),
+    )
+
+
+def _gap(m: ModelMeasurement, stock: ModelMeasurement | None) -> str:
+    if stock is None or stock is m or not m.losses or not stock.losses:
+        return _NONE
+    return f"{loss_gap(m.losses, stock.losses):.1e}"
+
+
+def _model_cells(name: str, *cells: str) -> str:
+    return f"  {name:<18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, _MODEL_WIDTHS, strict=True))

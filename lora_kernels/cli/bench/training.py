@@ -20,6 +20,8 @@ from lora_kernels.selftest import failures
 # Two computations in bfloat16 differ by a few per cent after many layers; one that lacks a term, by about one.
 GRADIENT_LIMIT = 0.3
 _WARM_UP = 2
+# So few that a run goes through them often enough to learn them: the loss of tokens that never come again stays.
+BATCHES = 4
 
 
 @dataclass
@@ -74,7 +76,12 @@ class Training:
         _free()
 
     def rounds(self, count: int) -> Iterator[int]:
-        """A step of each provider in turn, `count` times; all see the same tokens in a round."""
+        """A step of each provider in turn, `count` times; all see the same tokens in a round.
+
+        The rounds go through the same BATCHES batches of random tokens again and again, so that the loss falls as it
+        does in training and one provider's can be held against another's. A step's time does not depend on what the
+        tokens are, and they are drawn before it begins.
+        """
         for index in range(count):
             tokens = self._tokens(_WARM_UP + index)
             for entry in self.entries.values():
@@ -103,8 +110,9 @@ class Training:
     def _build(self, name: str) -> Trained:
         return Trained(MODEL_PROVIDERS[name], self.base, self.setting.rank, self.setting.checkpointing)
 
-    def _tokens(self, seed: int) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(seed)
+    def _tokens(self, step: int) -> Tensor:
+        """The batch of a step, counted from the first one of the warm-up."""
+        generator = torch.Generator(self.device).manual_seed(step % BATCHES)
         size = (self.setting.batch, self.setting.seq)
         return torch.randint(self.vocabulary, size, generator=generator, device=self.device)
 

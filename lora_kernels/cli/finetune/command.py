@@ -3,13 +3,12 @@
 import argparse
 import importlib.util
 import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from lora_kernels.cli.errors import UserError
+from lora_kernels.cli.files import require_writable
 from lora_kernels.cli.finetune import options as finetune_options
 from lora_kernels.cli.finetune.options import Options
 from lora_kernels.cli.quiet import quieten_libraries
@@ -59,7 +58,7 @@ def _prepare(options: Options) -> "Job":
     model.check_without_weights(source, config, options)
     tokenizer = model.read_tokenizer(source)
     corpus = data.split(data.tokenize(documents, tokenizer), options.seq)
-    _check_writable(options.out)
+    require_writable(options.out)
     return Job(
         options=options,
         source=source,
@@ -68,15 +67,6 @@ def _prepare(options: Options) -> "Job":
         corpus=corpus,
         device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),
     )
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
 
 
 def _execute_all(job: "Job") -> list["Run"]:

@@ -5,28 +5,25 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import tempfile
 from collections.abc import Iterator
-from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-import lora_kernels
 from lora_kernels.cli.arguments import whole
-from lora_kernels.cli.bench.cases import DTYPES, Case, Operands
-from lora_kernels.cli.bench.clock import REGIMES, Clock, CpuClock, GpuClock, Times
+from lora_kernels.cli.bench.cases import DTYPES, Case
+from lora_kernels.cli.bench.clock import REGIMES, Clock, CpuClock, GpuClock
 from lora_kernels.cli.bench.options import parse_shape
 from lora_kernels.cli.bench.shapes import MODELS, projection_shapes
 from lora_kernels.cli.errors import UserError
+from lora_kernels.cli.files import require_writable, writing
 
 if TYPE_CHECKING:
-    from lora_kernels.backends.triton.tiles import GradTiles, OnePassTiles
-    from lora_kernels.backends.triton.tuned import TunedTable
+    from lora_kernels.cli.tune.tuning import Tuning
 
 HELP = "measure tile configurations on this GPU and write the table that the Triton kernels then use"
+EXIT_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,79 +49,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, writes, reports; 0."""
+    """Measures, writes, reports; 0, or 130 after Ctrl-C, which leaves an earlier table as it was."""
     device = _device()
     if importlib.util.find_spec("tqdm") is None:
         raise UserError('tune needs more packages (tqdm): pip install "lora-kernels[bench]"')
     from lora_kernels.backends.triton.tiles import chip_of
     from lora_kernels.backends.triton.tuned import VARIABLE, table_path
+    from lora_kernels.cli.tune.tuning import Tuning
 
     path = args.out or table_path(chip_of(device))
     if path is None:
         raise UserError(f"--out: must say where the table goes, because {VARIABLE} says that none is used")
-    _require_writable(path)
+    require_writable(path.parent)
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a directory")
     clock: Clock = GpuClock(args.regime, "graph") if device.type == "cuda" else CpuClock("cpu")
-    table = tune(_cases(args), device, clock, args.samples)
-    table.write(path)
+    tuning = Tuning(_cases(args), device, clock, args.samples)
+    tuning.run()
+    if tuning.interrupted:
+        return _keep_interrupted(tuning, path)
+    with writing(path):
+        tuning.table().write(path)
     print(f"table       {path}")
     return 0
 
 
-def tune(cases: list[Case], device: torch.device, clock: Clock, samples: int) -> TunedTable:
-    """Measures every case and makes a table of what was fastest. Ctrl-C leaves an earlier table as it was."""
-    import triton
-    from tqdm import tqdm
+def _keep_interrupted(tuning: Tuning, path: Path) -> int:
+    """A table of less than was asked for is written, but never over one that is there."""
+    if not tuning.entries:
+        print("table       none: nothing was complete")
+        return EXIT_INTERRUPTED
+    from lora_kernels.backends.triton.tuned import VARIABLE
 
-    from lora_kernels.backends.triton.tiles import candidates, chip_of, shipped_grad_tiles, shipped_tiles
-    from lora_kernels.backends.triton.tuned import GradEntry, OnePassEntry, TunedTable
-    from lora_kernels.cli.tune.measure import OnePass, holds, measure_grads, measure_one_pass
-    from lora_kernels.cli.tune.search import choose, grad_candidates, one_pass_candidates
-
-    chip, dtype = chip_of(device), DTYPES[cases[0].dtype]
-    itemsize = dtype.itemsize
-    by_output: dict[tuple[bool, int, int], list[dict[OnePassTiles, Times | str]]] = {}
-    grads = []
-    for case in tqdm(cases, unit="case", dynamic_ncols=True):
-        operands = Operands.make(case, device)
-        for problem in OnePass.of(operands):
-            use_tma = problem.use_tma() and chip.has_tma
-            measured = measure_one_pass(problem, one_pass_candidates(chip, itemsize, use_tma), clock, samples)
-            by_output.setdefault((use_tma, case.M, problem.weight.shape[1]), []).append(measured)
-        grads.append(measure_grads(operands, grad_candidates(chip, itemsize), clock, samples))
-
-    @cache
-    def runs_everywhere(tiles: OnePassTiles | GradTiles) -> bool:
-        shipped = (*candidates(chip, itemsize, True), *candidates(chip, itemsize, False), shipped_grads)
-        return tiles in shipped or holds(tiles, dtype, device)
-
-    shipped_grads = shipped_grad_tiles(chip, itemsize)
-    entries = []
-    for (use_tma, M, N), problems in sorted(by_output.items()):
-        shipped = shipped_tiles(chip, itemsize, use_tma, M, N)
-        chosen = choose(problems, shipped, runs_everywhere)
-        _report(f"outputs {M} x {N}", chosen, shipped, [reason for p in problems for reason in p.values()])
-        if chosen is not None:
-            entries.append(OnePassEntry(itemsize, use_tma, M, N, chosen[0]))
-    best = choose(grads, shipped_grads, runs_everywhere)
-    _report("adapter gradients", best, shipped_grads, [reason for g in grads for reason in g.values()])
-    made = f"{datetime.now(timezone.utc).date()}, lora_kernels {lora_kernels.__version__}, triton {triton.__version__}"
-    grad_entries = () if best is None else (GradEntry(itemsize, best[0]),)
-    return TunedTable(chip, made, tuple(entries), grad_entries)
-
-
-def _report(title: str, chosen: tuple[object, float] | None, shipped: object, results: list[Times | str]) -> None:
-    refused = sum(isinstance(result, str) for result in results)
-    tail = f"   ({refused} of {len(results)} measurements without a time)" if refused else ""
-    if chosen is None:
-        print(f"{title}: no configuration ran, the shipped one stays{tail}")
-    else:
-        tiles, gain = chosen
-        verdict = "the shipped one" if tiles == shipped else f"the shipped one takes {gain:.3f} of its time"
-        print(f"{title}: {_short(tiles)}, {verdict}{tail}")
-
-
-def _short(tiles: object) -> str:
-    return "x".join(str(value) for value in vars(tiles).values() if type(value) is int)
+    earlier = path.exists()
+    written = path.with_suffix(".interrupted.json") if earlier else path
+    with writing(written):
+        tuning.table().write(written)
+    stays = f"; {path} stays as it was, and {VARIABLE} can name this one instead" if earlier else ""
+    print(f"table       {written}, {tuning.extent}{stays}")
+    return EXIT_INTERRUPTED
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -143,14 +106,3 @@ def _device() -> torch.device:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return torch.device("cpu")
     raise UserError("tune needs a GPU that torch can use, and there is none")
-
-
-def _require_writable(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise UserError(f"--out {path}: is a directory")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None

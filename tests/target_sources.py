@@ -1,0 +1,279 @@
+"""From a build to what Triton compiles: the kernel, its constants, the types and alignments of the other arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+from target_builds import GFX942, Build, GradTiles, NF4Tiles, OnePassTiles, PlainBlock
+from triton.compiler import ASTSource
+
+from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
+from lora_kernels.backends.triton.gated import gated_backward_kernel, gated_forward_kernel
+from lora_kernels.backends.triton.group_forward import group_forward_kernel
+from lora_kernels.backends.triton.group_grads import group_grads_kernel
+from lora_kernels.backends.triton.group_input import group_input_kernel
+from lora_kernels.backends.triton.group_launch import MOST_MEMBERS
+from lora_kernels.backends.triton.group_operands import up_block
+from lora_kernels.backends.triton.nf4 import dequantize_kernel
+from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
+from lora_kernels.backends.triton.one_pass import one_pass_kernel
+from lora_kernels.backends.triton.tiles import rank_block
+
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+KERNELS = {
+    "one_pass": one_pass_kernel,
+    "adapter_grads": adapter_grads_kernel,
+    "group_forward": group_forward_kernel,
+    "group_input": group_input_kernel,
+    "group_grads": group_grads_kernel,
+    "nf4_product": nf4_product_kernel,
+    "dequantize": dequantize_kernel,
+    "gated_forward": gated_forward_kernel,
+    "gated_backward": gated_backward_kernel,
+}
+
+
+def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
+    kernel = KERNELS[build.kernel]
+    arguments = {
+        "one_pass": _one_pass,
+        "adapter_grads": _adapter_grads,
+        "group_forward": _group,
+        "group_input": _group,
+        "group_grads": _group_grads,
+        "nf4_product": _nf4_product,
+        "dequantize": _dequantize,
+        "gated_forward": _gated,
+        "gated_backward": _gated,
+    }
+    constants, types = arguments[build.kernel](build)
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    numbers = {"N", "K", "elements", "packed_bytes"}
+    numbers |= {f"{letter}{i}" for letter in ("N", "R", "RA", "RB") for i in range(MOST_MEMBERS)}
+    aligned = [n for n in names if signature[n].startswith("*") or n.startswith("stride") or n in numbers]
+    if not build.aligned:
+        # What is not aligned in these does not run on the fly.
+        aligned = ["words_ptr", "x_ptr", "stride_xm", "K"] if build.kernel == "nf4_product" else []
+    attributes = {
+        (names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"
+    }
+    keyed = {(names.index(n),): value for n, value in constants.items()}
+    options: dict[str, Any] = {"num_warps": build.tiles.num_warps, "num_stages": build.tiles.num_stages}
+    if build.kernel in ("nf4_product", "dequantize"):
+        options["enable_fp_fusion"] = False
+    if isinstance(build.tiles, NF4Tiles):
+        options["maxnreg"] = build.tiles.max_registers
+    return ASTSource(kernel, signature, keyed, attributes), options
+
+
+def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, OnePassTiles)
+    m, n, k = tiles.block_m, tiles.block_n, tiles.block_k
+    mask_out = build.masked and not build.forward
+    block_r = rank_block(build.rank, build.precision)
+    constants: dict[str, Any] = {
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "BLOCK_R": block_r,
+        "GROUP_M": tiles.group_m,
+        "RANK_CHUNKS": -(-build.rank // block_r),
+        "W_IS_NK": build.forward != build.turned,
+        "MASK_X": build.masked and build.forward,
+        "MASK_OUT": mask_out,
+        "HAS_BIAS": build.masked,
+        "SPLIT": build.precision == "split",
+        "PRECISION": "ieee" if build.ieee else "tf32",
+        "USE_TMA": tiles.use_tma,
+        "DTYPE": DTYPES[build.dtype],
+        "FLATTEN": tiles.use_tma and not mask_out,
+        "scale_ptr": None,
+        "stride_dk" if build.forward else "stride_dr": 1,
+        "stride_ur" if build.forward else "stride_un": 1,
+    }
+    if not build.masked:
+        constants |= {"seed_ptr": None, "bias_ptr": None}
+    types = {
+        "down_ptr": _adapter(build),
+        "up_ptr": _adapter(build),
+        "s_ptr": _branch(build),
+        "bias_ptr": _adapter(build),
+        "workspace_ptr": "*fp32",
+        "sync_ptr": "*i32",
+        "seed_ptr": "*i64",
+        "scale": "fp32",
+    }
+    w = f"{n}, {k}" if build.forward != build.turned else f"{k}, {n}"
+    for name, block in (("x_ref", f"{m}, {k}"), ("w_ref", w), ("out_ref", f"{m}, {n // 2}")):
+        types[name] = f"tensordesc<{build.dtype}[{block}]>" if tiles.use_tma else f"*{build.dtype}"
+    return constants, types
+
+
+def _adapter_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, GradTiles)
+    block_r = rank_block(build.rank, build.precision)
+    constants: dict[str, Any] = {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_C": tiles.block_c,
+        "BLOCK_R": block_r,
+        "WANT_A": True,
+        "WANT_B": True,
+        "MASKED": build.masked,
+        "PRECISION": "ieee" if build.ieee else "tf32",
+    }
+    if not build.masked:
+        constants["seed_ptr"] = None
+    types = {"x_ptr": f"*{build.dtype}", "dy_ptr": f"*{build.dtype}", "t_ptr": _branch(build), "s_ptr": _branch(build)}
+    types |= {"dA_ptr": _adapter(build), "dB_ptr": _adapter(build)}
+    return constants, types | {"workspace_ptr": "*fp32", "sync_ptr": "*i32", "seed_ptr": "*i64"}
+
+
+def _group(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, OnePassTiles)
+    m, n, k = tiles.block_m, tiles.block_n, tiles.block_k
+    block_r = rank_block(build.rank, build.precision)
+    chunks = -(-build.rank // block_r)
+    constants: dict[str, Any] = {
+        "MEMBERS": build.members,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "BLOCK_R": block_r,
+        "GROUP_M": tiles.group_m,
+        "RANK_CHUNKS": chunks,
+        "W_IS_NK": build.forward != build.turned,
+        "SPLIT": build.precision == "split",
+        "PRECISION": "ieee" if build.ieee else "tf32",
+        "USE_TMA": tiles.use_tma,
+        "DTYPE": DTYPES[build.dtype],
+    }
+    each: dict[str, Any] = {"down{}_ptr": _adapter(build), "up{}_ptr": _adapter(build)}
+    each["w{}_ref"] = (n, k) if build.forward != build.turned else (k, n)
+    single: dict[str, Any] = {}
+    if build.forward:
+        constants |= {"MASK_X": build.masked, "HAS_BIAS": build.masked}
+        single["x_ref"] = (m, k)
+        each |= {"out{}_ref": (m, n // 2), "s{}_ptr": _branch(build)}
+        each["bias{}_ptr"] = _adapter(build) if build.masked else None
+    else:
+        columns = block_r * chunks * build.members
+        constants |= {"MASKED": build.masked, "FLATTEN": tiles.use_tma and not build.masked}
+        constants["BLOCK_U"] = up_block(columns, build.precision)
+        single["out_ref"] = (m, n // 2)
+        each |= {"dy{}_ref": (m, k), "t{}_ptr": _branch(build)}
+    each |= {"seed{}_ptr": "*i64" if build.masked else None, "scale{}_ptr": None, "scale{}": "fp32"}
+    types = {"workspace_ptr": "*fp32", "sync_ptr": "*i32"}
+    for name, kind in (single | _of_members(each, build.members)).items():
+        if kind is None:
+            constants[name] = None
+        elif isinstance(kind, str):
+            types[name] = kind
+        else:
+            types[name] = f"tensordesc<{build.dtype}[{kind[0]}, {kind[1]}]>" if tiles.use_tma else f"*{build.dtype}"
+    return constants, types
+
+
+def _group_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, GradTiles)
+    constants: dict[str, Any] = {
+        "A_COUNT": build.members,
+        "B_COUNT": build.members,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_C": tiles.block_c,
+        "BLOCK_R": rank_block(build.rank, build.precision),
+        "MASKED": build.masked,
+        "PRECISION": "ieee" if build.ieee else "tf32",
+    }
+    each: dict[str, Any] = {f"{name}{{}}_ptr": _branch(build) for name in ("t", "s")}
+    each |= {f"{name}{{}}_ptr": _adapter(build) for name in ("dA", "dB")} | {"dy{}_ptr": f"*{build.dtype}"}
+    types = {"x_ptr": f"*{build.dtype}", "workspace_ptr": "*fp32", "sync_ptr": "*i32"}
+    for name, kind in _of_members(each | {"seed{}_ptr": "*i64" if build.masked else None}, build.members).items():
+        if kind is None:
+            constants[name] = None
+        else:
+            types[name] = kind
+    return constants, types
+
+
+def _of_members(each: dict[str, Any], members: int) -> dict[str, Any]:
+    """Each name with the number of every member; None for members that are not there."""
+    return {n.format(i): kind if i < members else None for n, kind in each.items() for i in range(MOST_MEMBERS)}
+
+
+_NESTED = ("nested_absmax_ptr", "nested_map_ptr", "offset_ptr")
+
+
+def _nf4(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    """What both kernels that decode take of the weight, and the dtype of what they write."""
+    constants: dict[str, Any] = {"BLOCK_SIZE": build.block_size, "SHUFFLE": build.capability != GFX942}
+    types = {"absmax_ptr": "*u8" if build.double_quant else "*fp32", "out_ptr": f"*{build.dtype}"}
+    if build.double_quant:
+        return constants, types | {name: "*fp32" for name in _NESTED}
+    return constants | {name: None for name in _NESTED}, types
+
+
+def _nf4_product(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, NF4Tiles)
+    block_r = rank_block(build.rank, build.precision)
+    constants, types = _nf4(build)
+    constants |= {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_C": tiles.block_c,
+        "BLOCK_L": tiles.block_l,
+        "BLOCK_R": block_r,
+        "RANK_CHUNKS": -(-build.rank // block_r),
+        "FORWARD": build.forward,
+        "EVEN_L": build.aligned,
+        "EVEN_K": build.aligned,
+        "MASKED": build.masked,
+        "SPLIT": build.precision == "split",
+        "scale_ptr": None,
+        "stride_dl" if build.forward else "stride_dr": 1,
+        "stride_ur" if build.forward else "stride_uc": 1,
+    }
+    if not build.masked:
+        constants |= {"seed_ptr": None, "bias_ptr": None}
+    types |= {
+        "x_ptr": f"*{build.dtype}",
+        "words_ptr": "*i32",
+        "down_ptr": _adapter(build),
+        "up_ptr": _adapter(build),
+        "s_ptr": _branch(build),
+        "bias_ptr": _adapter(build),
+        "workspace_ptr": "*fp32",
+        "sync_ptr": "*i32",
+        "seed_ptr": "*i64",
+        "scale": "fp32",
+    }
+    return constants, types
+
+
+def _dequantize(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    assert isinstance(build.tiles, PlainBlock)
+    constants, types = _nf4(build)
+    return constants | {"BLOCK": build.tiles.block}, types | {"packed_ptr": "*i32" if build.aligned else "*u8"}
+
+
+def _gated(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    assert isinstance(build.tiles, PlainBlock)
+    constants: dict[str, Any] = {"BLOCK": build.tiles.block, "ACTIVATION": build.activation}
+    if not build.want_h:
+        constants["h_ptr"] = None
+    return constants, {f"{name}_ptr": f"*{build.dtype}" for name in ("g", "u", "h", "dh", "du")}
+
+
+def _adapter(build: Build) -> str:
+    """What points to adapters, to their gradients and to a bias."""
+    return f"*{build.dtype}" if build.precision == "native" else "*fp32"
+
+
+def _branch(build: Build) -> str:
+    """What points to S and to T."""
+    return "*fp32" if build.precision == "split" else f"*{build.dtype}"
