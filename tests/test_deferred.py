@@ -165,13 +165,15 @@ def test_s_goes_with_what_was_saved(retain: bool, block: Block, monkeypatch: pyt
 
     def watched(*arguments: Any, **options: Any) -> Any:
         y, s = forward(*arguments, **options)
-        kept.append(weakref.ref(s))
+        # Of a gated MLP, gate and up are recomputed and their S with them.
+        if y.shape[1] == HIDDEN:
+            kept.append(weakref.ref(s))
         return y, s
 
     monkeypatch.setattr(autograd, "forward", watched)
     y = checkpointed(block, block.x)
     y.backward(torch.ones_like(y), retain_graph=retain)
-    assert [s() is not None for s in kept][-1:] == [retain]
+    assert [s() is not None for s in kept] == [retain]
 
 
 def test_what_a_hook_raises_ends_the_call(block: Block, products: list[int]) -> None:
