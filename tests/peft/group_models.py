@@ -33,6 +33,25 @@ def base(family: str = "Llama", **options: Any) -> nn.Module:
     return model
 
 
+def quantized(device: str, compute: torch.dtype, storage: torch.dtype = torch.uint8) -> nn.Module:
+    """A Llama whose linears are bitsandbytes' in NF4, packed in tensors of dtype `storage`."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = base(hidden_size=64, intermediate_size=128, head_dim=16)
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, linear in list(parent.named_children()):
+                if type(linear) is not nn.Linear:
+                    continue
+                kind: dict[str, Any] = {"quant_type": "nf4", "quant_storage": storage}
+                sizes = linear.in_features, linear.out_features
+                new = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=compute, **kind)
+                new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, module=new, **kind)
+                new.support_avx512bf16_for_cpu = False
+                setattr(parent, name, new)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    return model.to(device)
+
+
 def adapted(
     family: str = "Llama", device: str = "cpu", model: nn.Module | None = None, **options: Any
 ) -> peft.PeftModel:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from group_models import ALL, FAMILIES, Calls, adapted, base, grouped, train, ungrouped
+from group_models import ALL, FAMILIES, Calls, adapted, base, grouped, quantized, train, ungrouped
 from peft.tuners import lora
 from peft_models import TARGETS, assert_same, batch, gradients, lora_layers, output
 from test_operations import OPERATIONS, Place
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -188,25 +188,6 @@ def test_ddp(calls: Calls) -> None:
     result = gradients(wrapped, "llama", "cpu")
     assert calls.take() == (2, 2)
     assert_same(expected, {name.removeprefix("module."): value for name, value in result.items()}, 1e-4)
-
-
-def quantized(device: str, compute: torch.dtype) -> nn.Module:
-    """A Llama whose linears are bitsandbytes' in NF4."""
-    bnb = pytest.importorskip("bitsandbytes")
-    model = base(hidden_size=64, intermediate_size=128, head_dim=16)
-    for block in model.model.layers:
-        for parent in (block.self_attn, block.mlp):
-            for name, linear in list(parent.named_children()):
-                if type(linear) is not nn.Linear:
-                    continue
-                new = bnb.nn.Linear4bit(
-                    linear.in_features, linear.out_features, bias=False, compute_dtype=compute, quant_type="nf4"
-                )
-                new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=new)
-                new.support_avx512bf16_for_cpu = False
-                setattr(parent, name, new)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
-    return model.to(device)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
