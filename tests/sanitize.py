@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
+from unittest import mock
 
 import torch
 from cases import Case
 
 from lora_kernels import NF4Weight, lora_gated_mlp, lora_linear, lora_linear_group
+from lora_kernels.backends import cuda
 
 CASES = [
     Case(200, 192, 136, 16, torch.bfloat16),
     Case(200, 192, 136, 16, torch.bfloat16, dropout=0.3, bias=True),
+    Case(200, 192, 136, 40, torch.bfloat16, dropout=0.3),
     Case(200, 192, 136, 16, torch.bfloat16, transposed_weight=True),
     Case(130, 100, 70, 80, torch.float16, dropout=0.3),
     Case(130, 128, 72, 24, torch.bfloat16, adapter_dtype=torch.float32),
@@ -20,11 +24,17 @@ CASES = [
     Case(65, 33, 20, 3, torch.float32),
 ]
 
+# Under autocast, where float32 adapters are rounded on load.
+AUTOCAST_CASES = [
+    Case(130, 128, 72, 24, torch.bfloat16, adapter_dtype=torch.float32, dropout=0.3),
+]
+
 
 NF4_CASES = [
     Case(5, 128, 72, 24, torch.bfloat16, bias=True),
     Case(40, 192, 128, 16, torch.bfloat16, dropout=0.3),
     Case(200, 100, 70, 16, torch.float16),
+    Case(65, 64, 20, 3, torch.float32),
 ]
 
 
@@ -32,6 +42,10 @@ NF4_CASES = [
 GROUP_CASES = [
     (Case(200, 192, 136, 16, torch.bfloat16), Case(200, 192, 72, 24, torch.bfloat16)),
     (Case(130, 100, 70, 80, torch.float16, dropout=0.3), Case(130, 100, 70, 8, torch.float16, dropout=0.3)),
+]
+# So many rows that the weights are decoded for a group.
+NF4_GROUP_CASES = [
+    (Case(300, 192, 136, 16, torch.bfloat16), Case(300, 192, 72, 24, torch.bfloat16)),
 ]
 
 
@@ -53,15 +67,19 @@ def run(case: Case, weight: torch.Tensor | NF4Weight, backend: str) -> None:
     print(f"{case} ran on {backend}, {type(weight).__name__}", flush=True)
 
 
-def run_group(cases: tuple[Case, ...], backend: str) -> None:
+def run_group(cases: tuple[Case, ...], backend: str, nf4: bool = False) -> None:
     tensors = [case.tensors(torch.device("cuda", 0)) for case in cases]
     x, dropout = tensors[0].x.requires_grad_(), cases[0].dropout
-    members = [(t.weight, t.lora_A.requires_grad_(), t.lora_B.requires_grad_(), 2.0, t.bias) for t in tensors]
+    weights = [NF4Weight.quantize(t.weight) if nf4 else t.weight for t in tensors]
+    members = [
+        (weight, t.lora_A.requires_grad_(), t.lora_B.requires_grad_(), 2.0, t.bias)
+        for weight, t in zip(weights, tensors, strict=True)
+    ]
     leaves = [x, *(adapter for member in members for adapter in member[1:3])]
     ys = lora_linear_group(x, members, dropout_p=dropout, backend=backend)
     torch.autograd.grad(ys, leaves, [t.dy for t in tensors])
     torch.cuda.synchronize()
-    print(f"{' and '.join(map(str, cases))} ran on {backend}, as a group", flush=True)
+    print(f"{' and '.join(map(str, cases))} ran on {backend}, as a group{' in NF4' * nf4}", flush=True)
 
 
 def run_gated(case: Case, backend: str) -> None:
@@ -75,17 +93,31 @@ def run_gated(case: Case, backend: str) -> None:
     print(f"{case} ran on {backend}, as a gated MLP", flush=True)
 
 
-def main() -> None:
+def run_all(backend: str) -> None:
     device = torch.device("cuda", 0)
-    for backend in sys.argv[1:] or ["triton", "cuda"]:
-        for case in CASES:
+    for case in CASES:
+        run(case, case.tensors(device).weight, backend)
+    with torch.autocast("cuda", torch.bfloat16):
+        for case in AUTOCAST_CASES:
             run(case, case.tensors(device).weight, backend)
-        for case in NF4_CASES:
-            run(case, NF4Weight.quantize(case.tensors(device).weight), backend)
-        for cases in GROUP_CASES:
-            run_group(cases, backend)
-        for case in GATED_CASES:
-            run_gated(case, backend)
+    for case in NF4_CASES:
+        for double_quant in (True, False):
+            run(case, NF4Weight.quantize(case.tensors(device).weight, double_quant=double_quant), backend)
+    for cases in GROUP_CASES:
+        run_group(cases, backend)
+    for cases in NF4_GROUP_CASES:
+        run_group(cases, backend, nf4=True)
+    for case in GATED_CASES:
+        run_gated(case, backend)
+
+
+def main() -> None:
+    for backend in sys.argv[1:] or ["triton", "cuda"]:
+        run_all(backend)
+        if backend == "cuda":
+            # The kernels of other chips, where this one has its own.
+            with mock.patch.object(cuda, "one_pass", partial(cuda.one_pass, portable=True)):
+                run_all(backend)
 
 
 if __name__ == "__main__":
