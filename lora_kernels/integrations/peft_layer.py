@@ -121,7 +121,7 @@ def _dense_base(base: Any, x: Tensor | None) -> Base | str:
         return f"its base layer is a {type(base).__name__}, not an nn.Linear or a Conv1D"
     if is_hooked(base):
         return "its base layer has hooks"
-    weight, bias = base.weight, base.bias
+    weight, bias = parameter(base, "weight"), parameter(base, "bias")
     if not is_plain(weight, 2) or not (bias is None or is_plain(bias, 1)):
         return f"its base weight or bias is not a plain tensor: {describe(weight)}, {describe(bias)}"
     if weight.requires_grad:
@@ -159,7 +159,7 @@ def _adapter(
         return f"is not made of nn.Linear and nn.Dropout: {kinds}"
     if is_hooked(lora_A) or is_hooked(lora_B) or is_hooked(dropout):
         return "has hooks on lora_A, lora_B or lora_dropout"
-    A, B, scaling = lora_A.weight, lora_B.weight, layer.scaling[name]
+    A, B, scaling = parameter(lora_A, "weight"), parameter(lora_B, "weight"), layer.scaling[name]
     if not is_plain(A, 2) or not is_plain(B, 2):
         return f"has weights that are not plain matrices: {describe(A)}, {describe(B)}"
     if A.device != device or B.device != device:
@@ -171,18 +171,21 @@ def _adapter(
     if A.dtype != product and not autocast and not layer.cast_input_dtype_enabled:
         return f"is {A.dtype}, the base weight {product}, and casting of inputs is disabled"
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return _Adapter(name, A, B, lora_B.bias, scaling, p)
+    return _Adapter(name, A, B, parameter(lora_B, "bias"), scaling, p)
 
 
 def fused_forward(layer: lora.LoraLayer, x: Tensor, operands: Operands) -> Tensor:
     """The base and all adapters, in one call of lora_linear where no second adapter drops anything."""
     weight, bias, adapters, _ = operands
+    fused, apart = adapters, []
     # Masks differ from adapter to adapter, so only adapters without one can share a pass over x.
-    dropped = any(adapter.dropout_p for adapter in adapters)
-    fused, apart = (adapters[:1], adapters[1:]) if dropped else (adapters, [])
+    if len(adapters) > 1 and any(adapter.dropout_p for adapter in adapters):
+        fused, apart = adapters[:1], adapters[1:]
     bias = with_adapter_biases(bias, fused)
     _, A, B, _, scaling, p = fused[0] if len(fused) == 1 else _stacked(fused)
     y = lora_linear(x, weight, A, B, scaling=scaling, bias=bias, dropout_p=p)
+    if not apart:
+        return y
     dtype = y.dtype
     for adapter in apart:
         name = adapter.name
@@ -225,6 +228,12 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or has_own_forward(module)
     )
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """module.name, in a fifth of the time where it is a parameter; parametrized modules have none of that name."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def is_plain(tensor: Tensor, dim: int) -> bool:
