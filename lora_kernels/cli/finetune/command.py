@@ -82,8 +82,8 @@ def _execute_all(job: "Job") -> list["Run"]:
     for name, fuse in variants:
         run = Run(name)
         runs.append(run)
-        _say(f"{name}: loading the weights and measuring the held-out loss")
         try:
+            _say(f"{name}: loading the weights and measuring the held-out loss")
             execute(job, run, fuse=fuse, save=name == OURS)
         except KeyboardInterrupt:
             run.interrupted = True
