@@ -5,12 +5,15 @@ Run by test_targets.py in a process of its own, because Triton's interpreter mus
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,10 @@ def compile_one(build: Build) -> dict[str, Any]:
     src, options = source(build)
     amd = build.capability == GFX942
     target = GPUTarget("hip", "gfx942", 64) if amd else GPUTarget("cuda", build.capability, 32)
-    compiled = triton.compile(src, target=target, options=options)
-    registers, stack, serialized = _amd_usage(compiled) if amd else _usage(build, compiled)
+    log = io.StringIO()
+    with redirect_stdout(log):
+        compiled = triton.compile(src, target=target, options=options)
+    registers, stack, serialized = _amd_usage(compiled) if amd else _usage(build, compiled, log.getvalue())
     return {
         "build": str(build),
         "kernel": build.kernel,
@@ -47,8 +52,11 @@ def _amd_usage(compiled: Any) -> tuple[int, int, str]:
     return int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"]), ""
 
 
-def _usage(build: Build, compiled: Any) -> tuple[int, int, str]:
-    """The registers and the bytes of stack of a thread, and what ptxas says of products that it serialized."""
+def _usage(build: Build, compiled: Any, log: str) -> tuple[int, int, str]:
+    """The registers and the bytes of stack of a thread, and what ptxas says of products that it serialized.
+
+    `log` is what ptxas said, and empty where Triton had the kernel in its cache.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
         cubin.write_bytes(compiled.asm["cubin"])
@@ -60,9 +68,10 @@ def _usage(build: Build, compiled: Any) -> tuple[int, int, str]:
         # Pointer loads keep the products waiting anyway.
         if build.capability == 90 and build.kernel != "nf4_product" and getattr(build.tiles, "use_tma", True):
             # Products that ptxas cannot overlap cost a third of the speed; it says so, and nothing else does.
-            ptx.write_text(compiled.asm["ptx"])
-            notes = _output("ptxas", "-arch=sm_90a", "-v", ptx, "-o", Path(folder, "out"))
-            serialized = "; ".join(re.findall(r"\(C75\d\d\)[^\n]*", notes))
+            if not log:
+                ptx.write_text(compiled.asm["ptx"])
+                log = _output("ptxas", "-arch=sm_90a", "-v", ptx, "-o", Path(folder, "out"))
+            serialized = "; ".join(re.findall(r"\(C75\d\d\)[^\n]*", log))
     return int(found[1]), int(found[2]), serialized
 
 
@@ -100,6 +109,8 @@ def _output(tool: str, *arguments: object) -> str:
 
 
 def main() -> None:
+    # Triton then prints what ptxas says.
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     chosen = list(builds(int(sys.argv[1])))
     with ProcessPoolExecutor(2) as pool:
         for result in pool.map(compile_one, chosen):
