@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from lora_kernels import NF4Weight, autograd, lora_gated_mlp, lora_linear
 from lora_kernels.weights import Weight
 
-HIDDEN, WIDE, R = 64, 128, 3
+HIDDEN, WIDE, R = 32, 48, 3
 KINDS = ("linear", "dropout", "nf4", "gated")
 
 
 class Block:
-    """A residual and, last of all, a LoRA linear or a gated MLP, on [2, 3, 64]."""
+    """A residual and, last of all, a LoRA linear or a gated MLP, on [2, 3, 32]."""
 
     def __init__(self, kind: str, device: torch.device, backend: str) -> None:
         self.kind, self.backend = kind, backend
