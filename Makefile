@@ -16,10 +16,10 @@ lint: $(VENV)/.done
 	$(VENV)/bin/ruff check lora_kernels tests bench
 	$(VENV)/bin/mypy
 
-# On a machine with a GPU, in an environment that holds its PyTorch: every test, on every backend. First come those that
-# compile most, last those that need the GPU to themselves.
+# On a machine with a GPU, in an environment that holds its PyTorch: every test, on every backend. Last come those that
+# need the GPU to themselves.
 test-gpu:
-	$(PYTHON) -m pytest -n 8 tests/test_gpu_kernels.py tests/test_gpu_groups.py tests --ignore tests/test_gpu_alone.py --ignore tests/test_targets.py
+	$(PYTHON) -m pytest -n 8 tests --ignore tests/test_gpu_alone.py --ignore tests/test_targets.py
 	$(PYTHON) -m pytest tests/test_gpu_alone.py
 
 # compute-sanitizer over a small case of every kernel of a backend: make sanitize BACKENDS=triton. Bad accesses, races in
