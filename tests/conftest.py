@@ -18,7 +18,12 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# What compiles longest, and begins first: where several processes share the tests, nobody waits for it at the end.
+_FIRST = ("test_targets.py", "test_gpu_kernels.py", "test_gpu_groups.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _FIRST)
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
