@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import Backend, Precision, Scale
-from lora_kernels.deferred import Deferred, deferred
+from lora_kernels.deferred import Deferred
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import Form, NF4Weight
 from lora_kernels.weights import Weight
@@ -178,13 +178,14 @@ def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tu
 class LoRALinearFunction(torch.autograd.Function):
     """y = x W^T + scaling * (D(x) A^T) B^T + b; never a gradient for the weight.
 
-    x is contiguous, or two-dimensional with contiguous rows. csrc/host/backward.h is the same node in C++, for calls
-    whose launches are known.
+    x is contiguous, or two-dimensional with contiguous rows; deferred.py applies it. csrc/host/backward.h is the same
+    node in C++, for calls whose launches are known.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        later: Deferred | None,
         x: Tensor,
         weight: Weight,
         lora_A: Tensor,
@@ -194,10 +195,9 @@ class LoRALinearFunction(torch.autograd.Function):
         dropout: Dropout | None,
         precision: Precision,
         backend: Backend,
-        later: Deferred | None,
     ) -> Tensor:
         wanted = ctx.needs_input_grad
-        needs = Needs(wanted[0], wanted[2], wanted[3], wanted[4])
+        needs = Needs(wanted[1], wanted[3], wanted[4], wanted[5])
         rows, shape = as_matrix(x), x.shape
         product = partial(
             forward, backend, rows, weight, lora_A, lora_B, bias, scale, dropout, precision, needs.lora_B
@@ -221,26 +221,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if ctx.later is not None:
             saved = saved._replace(s=ctx.later.s())
         dx, dA, dB, db = backward_of(ctx.backend, ctx.needs, saved, dy, *ctx.constants)
-        return dx, None, dA, dB, db, None, None, None, None, None
-
-
-def linear(
-    x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scale: Scale,
-    dropout: Dropout | None,
-    precision: Precision,
-    backend: Backend,
-) -> Tensor:
-    """LoRALinearFunction's y, with its node."""
-    later = deferred()
-    y: Tensor = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
-        x, weight, lora_A, lora_B, bias, scale, dropout, precision, backend, later
-    )
-    return y if later is None else later.into(y)
+        return None, dx, None, dA, dB, db, None, None, None, None
 
 
 def backward_of(

@@ -32,7 +32,7 @@ from lora_kernels.autograd_group import (
 )
 from lora_kernels.backends import Activation, Backend, GatedBackend, Member, Precision
 from lora_kernels.backends.eager import GATED
-from lora_kernels.deferred import Deferred, deferred
+from lora_kernels.deferred import Deferred, applied
 
 
 class GatedPlan(NamedTuple):
@@ -58,9 +58,7 @@ def forward(plan: GatedPlan, x: Tensor, members: Sequence[Member]) -> Tensor:
 
 def gated_mlp(plan: GatedPlan, x: Tensor, members: Sequence[Member]) -> Tensor:
     """GatedMLPFunction's y, with its node."""
-    later = deferred()
-    y: Tensor = GatedMLPFunction.apply(x, plan, members, later, *leaves_of(members))  # type: ignore[no-untyped-call]
-    return y if later is None else later.into(y)
+    return applied(GatedMLPFunction, x, plan, members, *leaves_of(members))
 
 
 def _down(plan: GatedPlan, g: Tensor, u: Tensor, member: Member, want_s: bool) -> tuple[Tensor, Tensor | None]:
@@ -77,14 +75,14 @@ class GatedMLPFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        later: Deferred | None,
         x: Tensor,
         plan: GatedPlan,
         members: Sequence[Member],
-        later: Deferred | None,
         *leaves: Tensor | None,
     ) -> Tensor:
         wanted = ctx.needs_input_grad
-        *group_needs, down = needs_of(wanted[0], wanted[4:])
+        *group_needs, down = needs_of(wanted[1], wanted[4:])
         needs = [*group_needs, down._replace(x=any(flag for need in group_needs for flag in need))]
         (g, u), ss = autograd_group.forward(plan.group, x, members[:2], [need.lora_B for need in group_needs])
         product = partial(_down, plan, g, u, members[2], down.lora_B)
@@ -113,7 +111,7 @@ class GatedMLPFunction(torch.autograd.Function):
         gradients: list[Gradients] = [(None, None, None)] * 2
         if dgu is not None:
             dx, gradients = autograd_group.backward(ctx.plan.group, ctx.needs[:2], group, dgu, ctx.constants[:2])
-        return (dx, None, None, None, *(t for gradient in (*gradients, down) for t in gradient))
+        return (None, dx, None, None, *(t for gradient in (*gradients, down) for t in gradient))
 
 
 def _out_features(member: Member) -> int:

@@ -10,6 +10,7 @@ without memory, and the product takes its place once the node exists.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,9 @@ class Deferred:
         return s
 
 
-def deferred() -> Deferred | None:
-    """Where a product is to be kept; None where nobody takes what is saved away, and S can be saved like the rest."""
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """y of a function whose first argument is a Deferred; None where nobody takes what is saved, S included, away."""
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return Deferred() if hooked else None
+    later = Deferred() if hooked else None
+    y: Tensor = function.apply(later, *arguments)  # type: ignore[no-untyped-call]
+    return y if later is None else later.into(y)

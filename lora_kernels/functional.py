@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels import native
-from lora_kernels.autograd import as_matrix, as_rows, forward, linear
+from lora_kernels.autograd import LoRALinearFunction, as_matrix, as_rows, forward
 from lora_kernels.backends import BASE_DTYPES, MAX_RANK, Precision, Problem, Scale, tf32_allowed
+from lora_kernels.deferred import applied
 from lora_kernels.dispatch import BackendName, Choice, choose, requested
 from lora_kernels.dropout import Dropout, inverse_keep
 from lora_kernels.nf4 import NF4Weight
@@ -92,7 +93,9 @@ def lora_linear(
 
         y = apply(x, weight, lora_A, lora_B, bias, scale, dropout, precision, name)
     elif torch.is_grad_enabled():
-        y = linear(x, weight, lora_A, lora_B, bias, scale, dropout, precision, choice.backend)
+        y = applied(
+            LoRALinearFunction, x, weight, lora_A, lora_B, bias, scale, dropout, precision, choice.backend
+        )
     else:
         rows = as_matrix(x)
         y, _ = forward(choice.backend, rows, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s=False)

@@ -231,9 +231,9 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """module.name, in a fifth of the time where it is a parameter; parametrized modules have none of that name."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
+    """module.name, sooner than as an attribute where it is a parameter; parametrized modules have none of that name."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def is_plain(tensor: Tensor, dim: int) -> bool:
