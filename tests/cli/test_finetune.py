@@ -235,6 +235,24 @@ def test_interrupt_saves_the_adapter(model_dir: Path, text: Path, tmp_path: Path
     assert any(bool(p.any()) for name, p in served.named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_error_that_came_of_an_interrupt_is_one(
+    interrupted: bool, model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        try:
+            raise KeyboardInterrupt if interrupted else LookupError
+        except BaseException:
+            raise AssertionError("a library's clean-up") from None
+
+    monkeypatch.setattr("lora_kernels.cli.finetune.training.execute", fail)
+    if interrupted:
+        assert main(_options(model_dir, text, tmp_path / "out")) == 130
+    else:
+        with pytest.raises(AssertionError, match="clean-up"):
+            main(_options(model_dir, text, tmp_path / "out"))
+
+
 def test_interrupt_before_training(model_dir: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = _start(_options(model_dir, text, out))

@@ -85,11 +85,20 @@ def _execute_all(job: "Job") -> list["Run"]:
         try:
             _say(f"{name}: loading the weights and measuring the held-out loss")
             execute(job, run, fuse=fuse, save=name == OURS)
-        except KeyboardInterrupt:
+        except BaseException as error:
+            if not _is_interrupt(error):
+                raise
             run.interrupted = True
         if run.interrupted:
             break
     return runs
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or came of it: in the middle of a library's clean-up it can end as an error there."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _fuse(model: "PeftModel") -> dict[str, str | None]:
