@@ -178,7 +178,7 @@ def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tu
 class LoRALinearFunction(torch.autograd.Function):
     """y = x W^T + scaling * (D(x) A^T) B^T + b; never a gradient for the weight.
 
-    x is contiguous, or two-dimensional with contiguous rows; deferred.py applies it. csrc/host/backward.h is the same
+    x is contiguous, or two-dimensional with contiguous rows; deferred.py applies it. csrc/host/linear.h is the same
     node in C++, for calls whose launches are known.
     """
 
@@ -211,8 +211,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.needs, ctx.later = backend, needs, later
         ctx.constants = (number, p, precision, lora_A.dtype, None if bias is None else bias.dtype)
-        # A view that a Function returns could not be changed in place.
-        return y if y.dim() == len(shape) else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
+        return with_leading(y, shape)
 
     @staticmethod
     @once
@@ -248,6 +247,19 @@ def rebuilt(tensors: Sequence[Tensor], form: Form) -> NF4Weight:
 def split_scale(scale: Scale) -> tuple[float, Tensor | None]:
     """The scale as a number and a tensor; the number is 1 where it is a tensor."""
     return (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+
+
+def as_input(x: Tensor) -> Tensor:
+    """x as the nodes take it: contiguous, or two-dimensional with contiguous rows."""
+    if x.dim() != 2 and x.is_contiguous():
+        return x
+    return as_rows(as_matrix(x))
+
+
+def with_leading(y: Tensor, shape: torch.Size) -> Tensor:
+    """y, [M, N] if it has not got them yet, with the leading dimensions of an x of this shape."""
+    # Not a view, which could not be changed in place where a Function returns it.
+    return y if y.dim() == len(shape) else torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[1]))
 
 
 def as_matrix(t: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import autograd, autograd_group
-from lora_kernels.autograd import Needs, Saved, as_rows, once, outside_autocast
+from lora_kernels.autograd import Needs, Saved, as_matrix, as_rows, once, outside_autocast, with_leading
 from lora_kernels.autograd_group import (
     Constants,
     Gradients,
@@ -52,8 +52,8 @@ class GatedPlan(NamedTuple):
 
 def forward(plan: GatedPlan, x: Tensor, members: Sequence[Member]) -> Tensor:
     """y, where nothing is differentiated."""
-    (g, u), _ = autograd_group.forward(plan.group, x, members[:2], [False] * 2)
-    return _down(plan, g, u, members[2], want_s=False)[0]
+    (g, u), _ = autograd_group.forward(plan.group, as_matrix(x), members[:2], [False] * 2)
+    return with_leading(_down(plan, g, u, members[2], want_s=False)[0], x.shape)
 
 
 def gated_mlp(plan: GatedPlan, x: Tensor, members: Sequence[Member]) -> Tensor:
@@ -67,7 +67,7 @@ def _down(plan: GatedPlan, g: Tensor, u: Tensor, member: Member, want_s: bool) -
 
 
 class GatedMLPFunction(torch.autograd.Function):
-    """y = down(act(gate(x)) * up(x)) on a two-dimensional x.
+    """y = down(act(gate(x)) * up(x)) on an x as autograd.as_input gives it.
 
     Behind all else come lora_A, lora_B and bias of gate, up and down, for autograd to see.
     """
@@ -84,7 +84,8 @@ class GatedMLPFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         *group_needs, down = needs_of(wanted[1], wanted[4:])
         needs = [*group_needs, down._replace(x=any(flag for need in group_needs for flag in need))]
-        (g, u), ss = autograd_group.forward(plan.group, x, members[:2], [need.lora_B for need in group_needs])
+        wanted_s = [need.lora_B for need in group_needs]
+        (g, u), ss = autograd_group.forward(plan.group, as_matrix(x), members[:2], wanted_s)
         product = partial(_down, plan, g, u, members[2], down.lora_B)
         y, s = product() if later is None else (later(product, x, _out_features(members[2])), None)
         group, ctx.layout = GroupSaved.select(group_needs, x, members[:2], ss).flat()
@@ -96,7 +97,7 @@ class GatedMLPFunction(torch.autograd.Function):
         ctx.plan, ctx.needs, ctx.later = plan, needs, later
         precisions = (*plan.group.precisions, plan.precision)
         ctx.constants = [Constants.of(member, p) for member, p in zip(members, precisions, strict=True)]
-        return y
+        return with_leading(y, x.shape)
 
     @staticmethod
     @once
@@ -106,12 +107,31 @@ class GatedMLPFunction(torch.autograd.Function):
         if ctx.later is not None:
             saved = saved._replace(s=ctx.later.s())
         group = GroupSaved.of(others[: ctx.split - 2], ctx.layout)
-        dgu, down = _through_down(ctx.plan, ctx.needs[2], saved, as_rows(dy), g, u, ctx.constants[2])
-        dx: Tensor | None = None
-        gradients: list[Gradients] = [(None, None, None)] * 2
-        if dgu is not None:
-            dx, gradients = autograd_group.backward(ctx.plan.group, ctx.needs[:2], group, dgu, ctx.constants[:2])
-        return (None, dx, None, None, *(t for gradient in (*gradients, down) for t in gradient))
+        dx, gradients = backward(ctx.plan, ctx.needs, group, saved, g, u, dy, ctx.constants)
+        return (None, dx, None, None, *(t for gradient in gradients for t in gradient))
+
+
+def backward(
+    plan: GatedPlan,
+    needs: Sequence[Needs],
+    group: GroupSaved,
+    saved: Saved,
+    g: Tensor | None,
+    u: Tensor | None,
+    dy: Tensor,
+    constants: Sequence[Constants],
+) -> tuple[Tensor | None, list[Gradients]]:
+    """dx, and dA, dB and db of gate, up and down, each None where it is not needed.
+
+    dy and x have any number of leading dimensions, which dx has too; g and u are matrices.
+    """
+    dgu, down = _through_down(plan, needs[2], saved, as_rows(as_matrix(dy)), g, u, constants[2])
+    dx: Tensor | None = None
+    gradients: list[Gradients] = [(None, None, None)] * 2
+    if dgu is not None:
+        group = group._replace(x=None if group.x is None else as_matrix(group.x))
+        dx, gradients = autograd_group.backward(plan.group, needs[:2], group, dgu, constants[:2])
+    return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), [*gradients, down]
 
 
 def _out_features(member: Member) -> int:

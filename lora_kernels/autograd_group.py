@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import autograd
-from lora_kernels.autograd import Needs, Saved, as_rows, once, outside_autocast, split_scale
+from lora_kernels.autograd import Needs, Saved, as_matrix, as_rows, once, outside_autocast, split_scale, with_leading
 from lora_kernels.backends import Backend, GroupBackend, Member, Precision
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import Form
@@ -107,7 +107,25 @@ def backward(
     dys: Sequence[Tensor | None],
     constants: Sequence[Constants],
 ) -> tuple[Tensor | None, list[Gradients]]:
-    """dx, and each member's dA, dB and db; None where it is not needed, or no output that leads to it has a dy."""
+    """dx, and each member's dA, dB and db; None where it is not needed, or no output that leads to it has a dy.
+
+    The dys and x have any number of leading dimensions, which dx has too.
+    """
+    leading = next(dy.shape[:-1] for dy in dys if dy is not None)
+    if len(leading) != 1:
+        dys = [None if dy is None else as_matrix(dy) for dy in dys]
+        saved = saved._replace(x=None if saved.x is None else as_matrix(saved.x))
+    dx, gradients = _backward_of_rows(plan, needs, saved, dys, constants)
+    return None if dx is None else dx.view(*leading, dx.shape[1]), gradients
+
+
+def _backward_of_rows(
+    plan: Plan,
+    needs: Sequence[Needs],
+    saved: GroupSaved,
+    dys: Sequence[Tensor | None],
+    constants: Sequence[Constants],
+) -> tuple[Tensor | None, list[Gradients]]:
     given = [dy for dy in dys if dy is not None]
     # The functions on a group take all members or none.
     alike = needs[0].x or len({need.lora_A for need in needs}) == 1
@@ -164,7 +182,7 @@ def backward_member(saved: Saved, constants: Constants) -> Member:
 
 
 class LoRAGroupFunction(torch.autograd.Function):
-    """LoRALinearFunction's equation for each member of a group, on one two-dimensional x.
+    """LoRALinearFunction's equation for each member of a group, on one x as autograd.as_input gives it.
 
     Behind x, the plan and the members come lora_A, lora_B and bias of each, for autograd to see.
     """
@@ -175,13 +193,13 @@ class LoRAGroupFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         wanted = ctx.needs_input_grad
         needs = needs_of(wanted[0], wanted[3:])
-        ys, ss = forward(plan, x, members, [need.lora_B for need in needs])
+        ys, ss = forward(plan, as_matrix(x), members, [need.lora_B for need in needs])
         tensors, ctx.layout = GroupSaved.select(needs, x, members, ss).flat()
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.needs = plan, needs
         ctx.constants = [Constants.of(member, p) for member, p in zip(members, plan.precisions, strict=True)]
-        return tuple(ys)
+        return tuple(with_leading(y, x.shape) for y in ys)
 
     @staticmethod
     @once

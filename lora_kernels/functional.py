@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels import native
-from lora_kernels.autograd import LoRALinearFunction, as_matrix, as_rows, forward
-from lora_kernels.backends import BASE_DTYPES, MAX_RANK, Precision, Problem, Scale, tf32_allowed
+from lora_kernels.autograd import LoRALinearFunction, as_input, as_matrix, as_rows, forward
+from lora_kernels.backends import BASE_DTYPES, MAX_RANK, Backend, Precision, Problem, Scale, tf32_allowed
 from lora_kernels.deferred import applied
 from lora_kernels.dispatch import BackendName, Choice, choose, requested
 from lora_kernels.dropout import Dropout, inverse_keep
@@ -65,17 +65,16 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
     """
     compiling = torch.compiler.is_compiling()
+    name = requested(backend)
     learn = not compiling and native.enabled
+    given = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, name)
     if learn and native.linear is not None:
-        name = requested(None) if backend is None else backend
-        y = native.linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, name)
+        y = native.linear(*given)
         if isinstance(y, Tensor):
             return y
         learn = y is None
-    given = (x, weight, lora_A, lora_B, bias, scaling, dropout_p, training)
     _require(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     x, weight, lora_A, lora_B, bias, precision = _unify_dtypes(x, weight, lora_A, lora_B, bias)
-    name = requested(backend)
     if compiling:
         _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     else:
@@ -84,24 +83,34 @@ def lora_linear(
     scale = _scale(scaling, p)
     dropout = Dropout.draw(p, x.device)
     leading = x.shape[:-1]
-    if x.dim() != 2 and (compiling or not x.is_contiguous()):
-        x = as_matrix(x)
-    if x.dim() == 2:
-        x = as_rows(x)
     if compiling:
         from lora_kernels.compiled import apply
 
-        y = apply(x, weight, lora_A, lora_B, bias, scale, dropout, precision, name)
-    elif torch.is_grad_enabled():
-        y = applied(
-            LoRALinearFunction, x, weight, lora_A, lora_B, bias, scale, dropout, precision, choice.backend
-        )
+        y = apply(as_rows(as_matrix(x)), weight, lora_A, lora_B, bias, scale, dropout, precision, name)
     else:
-        rows = as_matrix(x)
-        y, _ = forward(choice.backend, rows, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s=False)
-    if learn:
-        native.learn(given, name, choice.backend, x, precision, scale, dropout)
+        x = as_input(x)
+        with native.noting(learn, choice.backend, x) as made:
+            y = _compute(x, weight, lora_A, lora_B, bias, scale, dropout, precision, choice.backend)
+        native.learn_linear(given, made, choice.backend, precision, dropout)
     return y if y.dim() == len(leading) + 1 else y.view(*leading, y.shape[-1])
+
+
+def _compute(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+    backend: Backend,
+) -> Tensor:
+    """y, with a node where anything may be differentiated."""
+    if torch.is_grad_enabled():
+        return applied(LoRALinearFunction, x, weight, lora_A, lora_B, bias, scale, dropout, precision, backend)
+    rows = as_matrix(x)
+    return forward(backend, rows, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s=False)[0]
 
 
 def explain(

@@ -8,7 +8,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lora_kernels.autograd import as_matrix, as_rows
+from lora_kernels import native
+from lora_kernels.autograd import as_input, as_matrix, as_rows
 from lora_kernels.autograd_gated import GatedPlan, forward, gated_mlp
 from lora_kernels.backends import Activation, Member
 from lora_kernels.dispatch import BackendName, Choice, requested
@@ -67,20 +68,26 @@ def lora_gated_mlp(
 
     Sources: Hu et al., "LoRA", ICLR 2022; Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    kind = _activation(activation)
     name = requested(backend)
+    compiling = torch.compiler.is_compiling()
+    learn = not compiling and native.enabled
+    given = (x, gate, up, down, activation, dropout_p, training, name)
+    if learn and native.gated is not None:
+        found = native.gated(*given)
+        if isinstance(found, Tensor):
+            return found
+        learn = found is None
+    kind = _activation(activation)
     x, members, choices = _checked(x, gate, up, down, dropout_p, training, name)
-    rows = as_rows(as_matrix(x))
-    y: Tensor
-    if torch.compiler.is_compiling():
+    if compiling:
         from lora_kernels.compiled_group import apply_gated
 
-        y = apply_gated(rows, members, kind, name)
-    elif torch.is_grad_enabled():
-        y = gated_mlp(_plan(choices, kind), rows, members)
-    else:
-        y = forward(_plan(choices, kind), rows, members)
-    return as_given(y, x)
+        return as_given(apply_gated(as_rows(as_matrix(x)), members, kind, name), x)
+    plan, x = _plan(choices, kind), as_input(x)
+    with native.noting(learn, plan.down, x) as made:
+        y = gated_mlp(plan, x, members) if torch.is_grad_enabled() else forward(plan, x, members)
+    native.learn_group(given, made, plan, members)
+    return y
 
 
 def explain_gated_mlp(

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.autograd import as_matrix, as_rows
+from lora_kernels import native
+from lora_kernels.autograd import as_input, as_matrix, as_rows, with_leading
 from lora_kernels.autograd_group import LoRAGroupFunction, Plan, forward, leaves_of
 from lora_kernels.backends import Member
 from lora_kernels.dispatch import BackendName, BackendRefused, Choice, requested
@@ -84,21 +85,34 @@ def lora_linear_group(
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
     """
-    given = members_of(members)
     name = requested(backend)
-    x, operands, choices = checked(x, given, [f"members[{i}]" for i in range(len(given))], dropout_p, training, name)
-    rows = as_rows(as_matrix(x))
-    ys: Sequence[Tensor]
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    learn = not compiling and native.enabled
+    given = (x, members, dropout_p, training, name)
+    if learn and native.group is not None:
+        found = native.group(*given)
+        if isinstance(found, list):
+            return found
+        learn = found is None
+    layers = members_of(members)
+    names = [f"members[{i}]" for i in range(len(layers))]
+    x, operands, choices = checked(x, layers, names, dropout_p, training, name)
+    if compiling:
         from lora_kernels.compiled_group import apply
 
-        ys = apply(rows, operands, name)
-    elif torch.is_grad_enabled():
-        plan = group_choice(choices).plan
-        ys = LoRAGroupFunction.apply(rows, plan, operands, *leaves_of(operands))  # type: ignore[no-untyped-call]
-    else:
-        ys, _ = forward(group_choice(choices).plan, rows, operands, [False] * len(operands))
-    return [as_given(y, x) for y in ys]
+        return [as_given(y, x) for y in apply(as_rows(as_matrix(x)), operands, name)]
+    plan, x = group_choice(choices).plan, as_input(x)
+    with native.noting(learn, plan.backends[0], x) as made:
+        ys = _compute(plan, x, operands)
+    native.learn_group(given, made, plan, operands)
+    return ys
+
+
+def _compute(plan: Plan, x: Tensor, members: Sequence[Member]) -> list[Tensor]:
+    """Each member's y, with a node where anything may be differentiated."""
+    if torch.is_grad_enabled():
+        return [*LoRAGroupFunction.apply(x, plan, members, *leaves_of(members))]  # type: ignore[no-untyped-call]
+    return [with_leading(y, x.shape) for y in forward(plan, as_matrix(x), members, [False] * len(members))[0]]
 
 
 def explain_group(

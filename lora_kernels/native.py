@@ -1,4 +1,4 @@
-"""The launch path in C++: calls of lora_linear that are like one that Python has made before.
+"""The launch path in C++: calls of lora_linear, lora_linear_group and lora_gated_mlp like ones that Python has made.
 
 Python checks, chooses, plans and has Triton compile. Where a kind of call comes again, what was found is handed to the
 extension of csrc/host/, by which the next such call allocates, launches and makes its autograd node, and its backward
@@ -10,19 +10,26 @@ compiled.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels.autograd import TWICE, Needs, Saved, as_matrix, as_rows, backward_of
-from lora_kernels.backends import Backend, Precision, Scale
+from lora_kernels import autograd_gated, autograd_group
+from lora_kernels.autograd import TWICE, Needs, Saved, backward_of
+from lora_kernels.autograd_gated import GatedPlan
+from lora_kernels.autograd_group import Constants, GroupSaved, Plan
+from lora_kernels.backends import Backend, Member, Precision
 from lora_kernels.dropout import Dropout, inverse_keep
 from lora_kernels.switches import is_on
+
+if TYPE_CHECKING:
+    from lora_kernels.backends.triton.launch import Launch
 
 # 0 leaves every call to Python.
 VARIABLE = "LORA_KERNELS_NATIVE"
@@ -30,46 +37,70 @@ NOT_COMPILED = "the launch path is not compiled"
 
 # Whether calls should be learned: until it turns out that they cannot be.
 enabled = is_on(VARIABLE) and torch.version.cuda is not None
-# lora_linear by positional arguments, the last of them a backend's name: y, or None for a call that should be learned,
-# or False for any other that is Python's. There is none before the first call that could be learned.
+# By positional arguments, the last of them a backend's name: what was computed, or None for a call that should be
+# learned, or False for any other that is Python's. There are none before the first call that could be learned.
 linear: Callable[..., Tensor | bool | None] | None = None
+group: Callable[..., list[Tensor] | bool | None] | None = None
+gated: Callable[..., Tensor | bool | None] | None = None
 _device_type = "cuda"
 # Triton unloads kernels that nobody holds; the extension holds their addresses.
 _kernels: set[Any] = set()
 
 
-def learn(
-    given: tuple[Any, ...],
-    name: str,
-    backend: Backend,
-    x: Tensor,
-    precision: Precision,
-    scale: Scale,
-    dropout: Dropout | None,
-) -> None:
-    """Has the next call with arguments like these made in C++.
-
-    Args:
-        given: the arguments that `linear` takes, but the backend's name.
-        x, precision, scale, dropout: what the call was made with after all.
-    """
-    if backend.name != "triton" or x.device.type != _device_type:
-        return
-    extension = _extension()
-    if extension is None:
-        return
+def noting(learn: bool, backend: Backend, x: Tensor) -> AbstractContextManager[list[Launch] | None]:
+    """Notes the launches of a call on x, if it is to be learned and can be."""
+    if not learn or backend.name != "triton" or x.device.type != _device_type or _extension() is None:
+        return nullcontext()
     from lora_kernels.backends.triton import launch
 
-    _, weight, lora_A, lora_B, bias, *_ = given
-    made = None
-    if isinstance(weight, Tensor) and weight.dtype == x.dtype and x.numel() > 0 and 1 in weight.stride():
-        # Not a reshape, which gives a single row another stride.
-        rows = as_matrix(x)
-        views = (weight.T, lora_A.T, lora_B.T)
-        made = _launch(extension, launch.one_pass_launch(rows, *views, bias, scale, dropout, True, precision))
+    return launch.noting()
+
+
+def learn_linear(
+    given: tuple[Any, ...],
+    made: list[Launch] | None,
+    backend: Backend,
+    precision: Precision,
+    dropout: Dropout | None,
+) -> None:
+    """Has the next call of lora_linear with arguments like these made in C++.
+
+    Args:
+        given: the arguments that `linear` takes.
+        made: the launches that were noted.
+        backend, precision, dropout: what the call was made with after all.
+    """
+    if made is None:
+        return
+    _, _, lora_A, _, bias, *_ = given
     p = 0.0 if dropout is None else dropout.p
     constants = (backend, p, precision, lora_A.dtype, None if bias is None else bias.dtype)
-    extension.learn(*given, name, made, inverse_keep(p) if p else 1.0, constants)
+    extension = _extension()
+    assert extension is not None
+    extension.learn_linear(*given, _handed_over(made, ["one_pass"]), inverse_keep(p) if p else 1.0, constants)
+
+
+def learn_group(
+    given: tuple[Any, ...], made: list[Launch] | None, plan: Plan | GatedPlan, members: Sequence[Member]
+) -> None:
+    """The same of lora_linear_group, and of lora_gated_mlp, whose plan is a GatedPlan.
+
+    Args:
+        given: the arguments that `group` or `gated` takes.
+        made: the launches that were noted.
+        plan, members: what the call was made with after all.
+    """
+    if made is None:
+        return
+    extension = _extension()
+    assert extension is not None
+    first = members[0]
+    assert first.lora_A is not None
+    p = 0.0 if first.dropout is None else first.dropout.p
+    gated = isinstance(plan, GatedPlan)
+    launches = _handed_over(made, ["group_forward", *(["gated_forward", "one_pass"] if gated else [])])
+    learn = extension.learn_gated if gated else extension.learn_group
+    learn(*given, launches, inverse_keep(p) if p else 1.0, (plan, p, first.lora_A.dtype))
 
 
 def _backward(
@@ -88,52 +119,61 @@ def _backward(
     """dx, dA, dB and db of a node that was made in C++, and the launches that they took if those are to be learned."""
     backend, p, precision, adapter_dtype, bias_dtype = constants
     wanted, saved = Needs(*needs), Saved(x, weight, lora_A, lora_B, s, seed, None)
-    gradients = backward_of(backend, wanted, saved, dy, scale, p, precision, adapter_dtype, bias_dtype)
-    return (*gradients, _launches(constants, wanted, saved, dy, scale) if learn else None)
+    with noting(learn, backend, dy) as made:
+        gradients = backward_of(backend, wanted, saved, dy, scale, p, precision, adapter_dtype, bias_dtype)
+    names = ["one_pass" if wanted.x else None, "adapter_grads" if wanted.lora_A or wanted.lora_B else None]
+    return (*gradients, None if made is None else _handed_over(made, names))
 
 
-def _launches(
-    constants: tuple[Backend, float, Precision, torch.dtype, torch.dtype | None],
-    needs: Needs,
-    saved: Saved,
-    dy: Tensor,
-    scale: float,
-) -> tuple[Any, Any] | None:
-    """The launches of a backward; None where they are not the driver's."""
-    from lora_kernels.backends.triton import launch
-
-    _, p, precision, adapter_dtype, _ = constants
-    extension = _extension()
-    assert extension is not None
-    dy, x = _rows(dy), None if saved.x is None else _rows(saved.x)
-    dropout = None if saved.seed is None else Dropout(p, saved.seed)
-    dx = grads = t = None
-    if needs.x:
-        assert isinstance(saved.weight, Tensor) and saved.lora_A is not None and saved.lora_B is not None
-        plan = launch.one_pass_launch(
-            dy, saved.weight, saved.lora_B, saved.lora_A, None, scale, dropout, False, precision
-        )
-        dx = _launch(extension, plan)
-        if dx is None:
-            return None
-        dtype = torch.float32 if precision == "split" else dy.dtype
-        t = torch.empty(dy.shape[0], saved.lora_A.shape[0], dtype=dtype, device=dy.device)
-    if needs.lora_A or needs.lora_B:
-        t, s = t if needs.lora_A else None, None if saved.s is None else saved.s.contiguous()
-        grads = _launch(extension, launch.adapter_grads_launch(x, dy, s, t, dropout, adapter_dtype))
-        if grads is None:
-            return None
-    return dx, grads
+def _group_backward(
+    constants: tuple[Plan | GatedPlan, float, torch.dtype],
+    saved: list[Any],
+    dys: list[Tensor | None],
+    scales: list[float],
+    learn: bool,
+) -> tuple[Any, ...]:
+    """dx, and each layer's dA and dB, of a group's or a gated MLP's node that was made in C++, and their launches."""
+    plan, p, adapter_dtype = constants
+    # Of a gated MLP, g and u come first.
+    *hidden, x = saved[: 3 if isinstance(plan, GatedPlan) else 1]
+    kept = [_saved_layer(*saved[i : i + 5]) for i in range(len(hidden) + 1, len(saved), 5)]
+    needs = [Needs(x=True, lora_A=True, lora_B=True, bias=False)] * len(kept)
+    group = plan.group if isinstance(plan, GatedPlan) else plan
+    precisions = (*group.precisions, plan.precision) if isinstance(plan, GatedPlan) else group.precisions
+    settled = [Constants(scale, p, own, adapter_dtype, None) for scale, own in zip(scales, precisions, strict=True)]
+    shared = GroupSaved(x, tuple(kept[: len(group.backends)]))
+    with noting(learn, group.backends[0], x) as made:
+        if isinstance(plan, GatedPlan):
+            assert dys[0] is not None
+            g, u = hidden
+            dx, gradients = autograd_gated.backward(plan, needs, shared, kept[2], g, u, dys[0], settled)
+            names = ["one_pass", "gated_backward", "adapter_grads", "group_input", "group_grads"]
+        else:
+            dx, gradients = autograd_group.backward(plan, needs, shared, dys, settled)
+            names = ["group_input", "group_grads"]
+    adapters = [t for dA, dB, _ in gradients for t in (dA, dB)]
+    return (dx, *adapters, None if made is None else _handed_over(made, names))
 
 
-def _rows(t: Tensor) -> Tensor:
-    return as_rows(as_matrix(t))
+def _saved_layer(weight: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, seed: Tensor | None) -> Saved:
+    return Saved(None, weight, lora_A, lora_B, s, seed, None)
 
 
-def _launch(extension: ModuleType, launch: Any) -> Any:
+def _handed_over(made: list[Launch], names: Sequence[str | None]) -> list[Any] | None:
+    """Launches for C++, one for each name; None if others were made, or Triton makes one of them."""
+    if [launch.name for launch in made] != [name for name in names if name is not None]:
+        return None
+    launches, rest = [], iter(made)
+    for name in names:
+        bound = None if name is None else next(rest)
+        launches.append(None if bound is None else _in_cpp(bound))
+    return None if any(name and not launch for name, launch in zip(names, launches, strict=True)) else launches
+
+
+def _in_cpp(launch: Launch) -> Any:
     """A launch of launch.py in C++; None if Triton makes it."""
-    bound = launch.bound
-    if bound is None:
+    bound, extension = launch.bound, _extension()
+    if bound is None or extension is None:
         return None
     kernel = bound.kernel
     _kernels.add(kernel)
@@ -168,15 +208,15 @@ def _extension() -> ModuleType | None:
 
 def start(extension: ModuleType, addresses: list[int | None], device_type: str) -> None:
     """Makes the extension ready, with the functions that it calls for tensors of a kind of device."""
-    global linear, _device_type
+    global linear, group, gated, _device_type
     import triton
 
     from lora_kernels.backends import sync
 
     extension.use_driver(*addresses, device_type)
     knobs = getattr(triton, "knobs", None)
-    extension.use_python(_backward, sync.zeros_for, None if knobs is None else knobs.runtime, TWICE)
-    linear, _device_type = extension.linear, device_type
+    extension.use_python(_backward, _group_backward, sync.zeros_for, None if knobs is None else knobs.runtime, TWICE)
+    linear, group, gated, _device_type = extension.linear, extension.group, extension.gated, device_type
 
 
 def _functions() -> list[Any]:

@@ -1,10 +1,11 @@
-// A launch of a compiled kernel whose grid and numbers are settled: what changes is where the tensors lie, and a float.
+// A launch of a compiled kernel whose grid and numbers are settled: what changes is where the tensors lie, and floats.
 // Messages are one string: TORCH_CHECK's stream crashes where a compiler links a libstdc++ of its own beside PyTorch's.
 
 #pragma once
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <map>
@@ -64,7 +65,7 @@ class Launch {
       if (kind == "Q") {
         tensors_.emplace_back(position, argument);
       } else if (kind == "f") {
-        floats_.push_back(position);
+        floats_.emplace_back(position, argument);
       } else if (kind == "map") {
         mapped_.push_back(position);
       } else if (kind != "zero") {
@@ -73,16 +74,17 @@ class Launch {
         fixed_[position] = &numbers_.back();
       }
     }
+    std::sort(floats_.begin(), floats_.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
   }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 
-  // `tensors` are the addresses that the leading arguments of the kernel have.
-  void operator()(const void* const* tensors, float number, void* stream) {
+  // `tensors` are the addresses that the leading arguments of the kernel have, `numbers` its floats in their order.
+  void operator()(const void* const* tensors, const float* numbers, void* stream) {
     std::array<Map, kMostMaps> maps;
     auto parameters = fixed_;
     for (const auto& [position, argument] : tensors_) parameters[position] = const_cast<const void**>(&tensors[argument]);
-    for (const size_t position : floats_) parameters[position] = &number;
+    for (const auto& [position, argument] : floats_) parameters[position] = const_cast<float*>(numbers++);
     for (size_t rank = 0; rank < shapes_.size(); ++rank) {
       copy_map(rank, tensors[shapes_[rank].argument], maps[rank]);
       parameters[mapped_[rank]] = &maps[rank];
@@ -99,7 +101,7 @@ class Launch {
   struct alignas(64) Map {
     std::array<unsigned char, 128> bytes;
   };
-  static constexpr size_t kMostParameters = 64, kMostMaps = 4, kMostEncoded = 1024;
+  static constexpr size_t kMostParameters = 128, kMostMaps = 8, kMostEncoded = 1024;
   static constexpr int kL2Promotion128B = 2;
 
   // Allocators hand out the same places again, so a map is encoded once for each.
@@ -127,8 +129,8 @@ class Launch {
   std::array<unsigned, 3> grid_;
   unsigned threads_, shared_;
   std::vector<MapShape> shapes_;
-  std::vector<std::pair<size_t, int>> tensors_;
-  std::vector<size_t> floats_, mapped_;
+  std::vector<std::pair<size_t, int>> tensors_, floats_;
+  std::vector<size_t> mapped_;
   std::vector<int64_t> numbers_;
   std::array<void*, kMostParameters> fixed_{};
   std::array<uint64_t, 2> zeros_{};

@@ -38,7 +38,7 @@ class Key {
   size_t hash() const { return hash_; }
 
  private:
-  std::array<int64_t, 24> words_;
+  std::array<int64_t, 48> words_;
   uint64_t hash_ = 0;
   size_t size_ = 0;
 };

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends import Activation, GatedBackend
-from lora_kernels.backends.triton.launch import alignment, launch_kernel
+from lora_kernels.backends.triton.launch import Launch, alignment, remember
 
 _BLOCK = 1024
 
@@ -76,17 +76,25 @@ def backward(
     return dh, du, h
 
 
+_launches: dict[tuple[object, ...], Launch] = {}
+
+
 def _launch(kernel: object, name: str, tensors: tuple[Tensor | None, ...], activation: Activation) -> None:
     first = tensors[0]
     assert first is not None
     elements = first.numel()
     if elements == 0:
         return
-    # Triton compiles another kernel where a number is 1, a multiple of 16 or no 32-bit one.
-    size = (elements == 1, elements % 16 == 0, elements >= 2**31)
-    kind = (name, first.device, first.dtype, activation, *size, tensors[-1] is None, alignment(*tensors))
-    options = {"ACTIVATION": activation, "BLOCK": _BLOCK, "num_warps": 4}
-    launch_kernel(kernel, kind, (triton.cdiv(elements, _BLOCK), 1, 1), (*tensors, elements), options, None)
+    key = (name, first.device, first.dtype, activation, elements, tensors[-1] is None, alignment(*tensors))
+    launch = _launches.get(key)
+    if launch is None:
+        # Triton compiles another kernel where a number is 1, a multiple of 16 or no 32-bit one.
+        size = (elements == 1, elements % 16 == 0, elements >= 2**31)
+        options = {"ACTIVATION": activation, "BLOCK": _BLOCK, "num_warps": 4}
+        grid = (triton.cdiv(elements, _BLOCK), 1, 1)
+        launch = Launch(kernel, (*key[:4], *size, *key[5:]), grid, options, None, 0, 0, (elements,))
+        remember(_launches, key, launch)
+    launch(first.device, tensors)
 
 
 GATED = GatedBackend(forward, backward)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +86,7 @@ class Launch:
         numbers: tuple[int, ...],
     ) -> None:
         self._kernel, self._kind, self._grid, self._options, self._blocks = kernel, kind, grid, options, blocks
+        self.name = str(kind[0])
         self.workspace_size, self.counters = workspace_size, counters
         self._numbers = numbers
         # Known after the first launch; None also where Triton has to launch every time.
@@ -95,6 +99,9 @@ class Launch:
 
     def __call__(self, device: torch.device, tensors: tuple[Any, ...]) -> None:
         """Launches with the arguments of the kernel up to its integers."""
+        noted = getattr(_notes, "launches", None)
+        if noted is not None:
+            noted.append(self)
         if self.bound is not None and not _has_hooks():
             self.bound(_stream(device), tensors)
             return
@@ -104,6 +111,19 @@ class Launch:
             self.bound = BoundLaunch(direct, self._grid, arguments)
 
 
+@contextmanager
+def noting() -> Iterator[list[Launch]]:
+    """The launches that this thread makes inside the `with` block, in their order."""
+    before = getattr(_notes, "launches", None)
+    made: list[Launch] = []
+    _notes.launches = made
+    try:
+        yield made
+    finally:
+        _notes.launches = before
+
+
+_notes = threading.local()
 _launches: dict[tuple[object, ...], Launch] = {}
 _direct_kernels: dict[tuple[object, ...], DirectKernel | None] = {}
 

@@ -1,0 +1,232 @@
+// The launches of layers that read the same x, and the node of the autograd graph that a group or a gated MLP is:
+// lora_kernels/autograd_group.py and autograd_gated.py define what it computes.
+
+#pragma once
+
+#include "linear.h"
+
+namespace lora_kernels::host {
+
+// A tensor of each member, in the order of the members.
+using OfMembers = std::array<Tensor, kMostLayers>;
+
+// What a member brings to a launch.
+struct Members {
+  size_t count = 0;
+  OfMembers weight, lora_A, lora_B, bias, seed;
+  std::array<double, kMostLayers> scale{};
+
+  std::array<float, kMostLayers> floats() const {
+    std::array<float, kMostLayers> numbers{};
+    for (size_t i = 0; i < count; ++i) numbers[i] = static_cast<float>(scale[i]);
+    return numbers;
+  }
+};
+
+// The arguments of a group kernel in their order: as many of each kind as there may be members.
+class Arguments {
+ public:
+  void add(const Tensor& tensor) { add(address(tensor)); }
+  void add(const void* pointer) { pointers_[size_++] = pointer; }
+  void add(const OfMembers& tensors) {
+    for (const Tensor& tensor : tensors) add(tensor);
+  }
+  void add_pairs(const OfMembers& first, const OfMembers& second) {
+    for (size_t i = 0; i < kMostLayers; ++i) add(first[i]), add(second[i]);
+  }
+  const void* const* data() const { return pointers_.data(); }
+
+ private:
+  std::array<const void*, 32> pointers_{};
+  size_t size_ = 0;
+};
+
+// y_i = x W_i^T + S_i B_i^T + b_i and S_i = scale_i * mask_i(x) A_i^T: group_launch.py's forward.
+inline void launch_group_forward(Launch& launch, const Tensor& x, const Members& members, const OfMembers& ys,
+                                 const OfMembers& ss, void* stream) {
+  const Tensor workspace = fresh({launch.workspace_size}, x, at::kFloat);
+  Tensor kept;
+  Arguments arguments;
+  arguments.add(x);
+  arguments.add_pairs(members.weight, ys);
+  for (const OfMembers* of : {&members.lora_A, &members.lora_B, &members.bias, &ss, &members.seed}) arguments.add(*of);
+  // No scale is a tensor.
+  arguments.add(OfMembers());
+  arguments.add(workspace);
+  arguments.add(zeros().of(x.device(), stream, launch.counters, kept));
+  launch(arguments.data(), members.floats().data(), stream);
+}
+
+// dx = sum of dy_i W_i + mask_i(T_i A_i) and T_i = scale_i * dy_i B_i: its backward_input.
+inline void launch_group_input(Launch& launch, const Tensor& dx, const OfMembers& dys, const Members& members,
+                               const OfMembers& ts, void* stream) {
+  const Tensor workspace = fresh({launch.workspace_size}, dx, at::kFloat);
+  Tensor kept;
+  Arguments arguments;
+  arguments.add(dx);
+  arguments.add_pairs(dys, members.weight);
+  for (const OfMembers* of : {&members.lora_B, &members.lora_A, &ts, &members.seed}) arguments.add(*of);
+  arguments.add(OfMembers());
+  arguments.add(workspace);
+  arguments.add(zeros().of(dx.device(), stream, launch.counters, kept));
+  launch(arguments.data(), members.floats().data(), stream);
+}
+
+// dA_i = T_i^T mask_i(x) and dB_i = dy_i^T S_i: its backward_adapters.
+inline void launch_group_grads(Launch& launch, const Tensor& x, const OfMembers& dys, const OfMembers& ts,
+                               const OfMembers& ss, const OfMembers& dAs, const OfMembers& dBs, const OfMembers& seeds,
+                               void* stream) {
+  const Tensor workspace = fresh({launch.workspace_size}, x, at::kFloat);
+  Tensor kept;
+  Arguments arguments;
+  arguments.add(x);
+  for (const OfMembers* of : {&dys, &ts, &ss, &dAs, &dBs, &seeds}) arguments.add(*of);
+  arguments.add(workspace);
+  arguments.add(zeros().of(x.device(), stream, launch.counters, kept));
+  launch(arguments.data(), nullptr, stream);
+}
+
+// gated.py's kernels: h = act(g) u; and dg, which takes the place of dh, with du and h.
+inline void launch_activation(Launch& launch, std::initializer_list<const Tensor*> tensors, void* stream) {
+  Arguments arguments;
+  for (const Tensor* tensor : tensors) arguments.add(*tensor);
+  launch(arguments.data(), nullptr, stream);
+}
+
+// Of a group, or of a gated MLP, whose down projection comes behind gate and up. Everything is asked for: dx, and each
+// layer's dA and dB.
+class LoRAGroupBackward : public LoRANode {
+ public:
+  Kind kind = Kind::kGroup;
+  int64_t K = 0;
+  size_t count = 0;
+  // Of the layers.
+  std::array<int64_t, kMostLayers> N{}, R{};
+  std::array<double, kMostLayers> scale{};
+
+  // Where what is saved lies, in the order of autograd_group.py and autograd_gated.py: a forward in Python may be
+  // recomputed here. Of a gated MLP g and u; x; and what a layer has.
+  enum Of : size_t { kWeight, kA, kB, kS, kSeed, kOfLayer };
+  size_t place_of_x() const { return is_gated() ? 2 : 0; }
+  size_t place(size_t layer, Of which) const { return place_of_x() + 1 + layer * kOfLayer + which; }
+
+  std::string name() const override { return is_gated() ? "GatedMLPFunctionBackward" : "LoRAGroupFunctionBackward"; }
+
+ private:
+  bool is_gated() const { return kind != Kind::kGroup; }
+  size_t sharing() const { return is_gated() ? 2 : count; }
+
+  variable_list compute(const variable_list& dys, const variable_list& saved, const Tensor& kept) const override {
+    variable_list all = saved;
+    // The down projection's S.
+    if (is_gated()) all[place(2, kS)] = kept;
+    std::array<Rows, kMostLayers> rows;
+    Key key;
+    if (!describe(dys, all, rows, key)) return in_python(dys, all, nullptr);
+    const auto known = backward_plans().find(key);
+    if (known == nullptr) return in_python(dys, all, &key);
+    return known->covered ? run(*known, rows, all) : in_python(dys, all, nullptr);
+  }
+
+  // As LoRALinearBackward's.
+  bool describe(const variable_list& dys, const variable_list& saved, std::array<Rows, kMostLayers>& rows,
+                Key& key) const {
+    const Tensor& x = saved[place_of_x()];
+    if (!dispatch_is_plain() || !is_plain(x, device) || x.scalar_type() != dtype || x.numel() == 0) return false;
+    const int64_t M = x.numel() / K;
+    const auto x_stride = row_stride(x, M, K);
+    if (!x_stride) return false;
+    key.add(static_cast<uint8_t>(device.index()) | static_cast<int64_t>(count) << 8 | static_cast<int64_t>(dtype) << 16 |
+            static_cast<int64_t>(adapter_dtype) << 24 | static_cast<int64_t>(precision) << 32 | misaligned(x) << 40 |
+            static_cast<int64_t>(kind) << 56);
+    for (const int64_t word : {M, K, *x_stride}) key.add(word);
+    key.add(p);
+    for (size_t i = 0; i < dys.size(); ++i) {
+      if (!dys[i].defined() || !as_rows(dys[i], M, is_gated() ? N[2] : N[i], rows[i])) return false;
+      key.add(rows[i].stride << 1 | misaligned(rows[i].tensor));
+    }
+    for (size_t i = 0; i < count; ++i) {
+      const Tensor &weight = saved[place(i, kWeight)], &lora_A = saved[place(i, kA)], &lora_B = saved[place(i, kB)],
+                   &s = saved[place(i, kS)];
+      const int64_t columns = i < sharing() ? K : N[0];
+      if (!is_matrix(weight, N[i], columns, dtype) || !is_matrix(lora_A, R[i], columns, adapter_dtype) ||
+          !is_matrix(lora_B, N[i], R[i], adapter_dtype) || !is_matrix(s, M, R[i], narrow_type()) ||
+          !lora_A.is_contiguous() || !lora_B.is_contiguous() || !s.is_contiguous()) {
+        return false;
+      }
+      const bool by_rows = saved[place(i < sharing() ? 0 : i, kWeight)].stride(1) == 1;
+      if (weight.stride(by_rows ? 1 : 0) != 1) return false;
+      key.add(N[i] << 4 | misaligned(weight) | misaligned(lora_A) << 1 | misaligned(lora_B) << 2 | misaligned(s) << 3);
+      key.add(R[i]);
+      key.add_strides(weight);
+    }
+    if (is_gated()) {
+      for (size_t i = 0; i < 2; ++i) {
+        const Tensor& hidden = saved[i];
+        if (!is_matrix(hidden, M, N[0], dtype) || !hidden.is_contiguous() || misaligned(hidden)) return false;
+      }
+    }
+    return true;
+  }
+
+  variable_list run(const BackwardPlan& plan, const std::array<Rows, kMostLayers>& rows, const variable_list& saved) const {
+    const c10::OptionalDeviceGuard guard(device);
+    void* const stream = current_stream(device);
+    const Tensor& x = saved[place_of_x()];
+    const int64_t M = x.numel() / K;
+    variable_list results(1 + 2 * count);
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t columns = i < sharing() ? K : N[0];
+      results[1 + 2 * i] = fresh({R[i], columns}, x, adapter_dtype);
+      results[2 + 2 * i] = fresh({N[i], R[i]}, x, adapter_dtype);
+    }
+    Members members;
+    members.count = sharing();
+    OfMembers dys, ts, ss, dAs, dBs;
+    for (size_t i = 0; i < members.count; ++i) {
+      members.weight[i] = saved[place(i, kWeight)], members.lora_A[i] = saved[place(i, kA)];
+      members.lora_B[i] = saved[place(i, kB)], members.seed[i] = saved[place(i, kSeed)];
+      members.scale[i] = scale[i];
+      dys[i] = rows[i].tensor, ss[i] = saved[place(i, kS)];
+      dAs[i] = results[1 + 2 * i], dBs[i] = results[2 + 2 * i];
+      ts[i] = fresh({M, R[i]}, x, narrow_type());
+    }
+    auto launch = plan.launches.begin();
+    if (is_gated()) {
+      std::tie(dys[0], dys[1]) = through_down(launch, rows[0].tensor, saved, results[5], results[6], stream);
+      launch += 3;
+    }
+    results[0] = fresh(x.sizes(), x, dtype);
+    launch_group_input(*launch[0], results[0], dys, members, ts, stream);
+    launch_group_grads(*launch[1], x, dys, ts, ss, dAs, dBs, members.seed, stream);
+    return results;
+  }
+
+  // dg and du, behind the down projection's dA and dB.
+  std::pair<Tensor, Tensor> through_down(Launches::const_iterator launch, const Tensor& dy, const variable_list& saved,
+                                         const Tensor& dA, const Tensor& dB, void* stream) const {
+    const Tensor &g = saved[0], &u = saved[1], &seed = saved[place(2, kSeed)];
+    const Tensor nothing;
+    const Tensor dh = fresh(g.sizes(), g, dtype), du = fresh(g.sizes(), g, dtype), h = fresh(g.sizes(), g, dtype);
+    const Tensor t = fresh({g.size(0), R[2]}, g, narrow_type());
+    launch_one_pass(*launch[0], dy, saved[place(2, kWeight)], dh, saved[place(2, kB)], saved[place(2, kA)], nothing, t,
+                    seed, scale[2], stream);
+    launch_activation(*launch[1], {&dh, &g, &u, &du, &h}, stream);
+    launch_adapter_grads(*launch[2], h, dy, t, saved[place(2, kS)], dA, dB, seed, stream);
+    return {dh, du};
+  }
+
+  // The backward of autograd_group.py or autograd_gated.py, as LoRALinearBackward's.
+  variable_list in_python(const variable_list& dys, const variable_list& saved, const Key* key) const {
+    const pybind11::gil_scoped_acquire gil;
+    pybind11::list tensors, gradients, scales;
+    for (const Tensor& tensor : saved) tensors.append(wrapped(tensor));
+    for (const Tensor& dy : dys) gradients.append(wrapped(dy));
+    for (size_t i = 0; i < count; ++i) scales.append(scale[i]);
+    const auto arguments = pybind11::make_tuple(pybind11::handle(plan->constants.get()), tensors, gradients, scales,
+                                                key != nullptr);
+    return learned(checked(PyObject_CallObject(callbacks.group_backward, arguments.ptr())), key);
+  }
+};
+
+}  // namespace lora_kernels::host

@@ -1,0 +1,139 @@
+// The launches of one layer, and its node of the autograd graph, as lora_kernels/autograd.py defines it.
+
+#pragma once
+
+#include <ATen/ops/sum.h>
+
+#include <optional>
+
+#include "call.h"
+#include "node.h"
+
+namespace lora_kernels::host {
+
+// out = left op(W) + mask(S U) + bias and S = scale * mask(left) D, of tensors in the order of launch.py's one_pass.
+inline void launch_one_pass(Launch& launch, const Tensor& left, const Tensor& weight, const Tensor& out,
+                            const Tensor& down, const Tensor& up, const Tensor& bias, const Tensor& s,
+                            const Tensor& seed, double scale, void* stream) {
+  const Tensor workspace = fresh({launch.workspace_size}, left, at::kFloat);
+  Tensor kept;
+  const void* const tensors[] = {address(left), address(weight), address(out), address(down), address(up),
+                                 address(bias), address(s), address(workspace),
+                                 zeros().of(left.device(), stream, launch.counters, kept), address(seed), nullptr};
+  const float number = static_cast<float>(scale);
+  launch(tensors, &number, stream);
+}
+
+// dA = T^T mask(x) and dB = dy^T S, each where it is defined.
+inline void launch_adapter_grads(Launch& launch, const Tensor& x, const Tensor& dy, const Tensor& t, const Tensor& s,
+                                 const Tensor& dA, const Tensor& dB, const Tensor& seed, void* stream) {
+  const Tensor workspace = fresh({launch.workspace_size}, dy, at::kFloat);
+  Tensor kept;
+  const void* const tensors[] = {address(x), address(dy), address(t), address(s), address(dA), address(dB),
+                                 address(workspace), zeros().of(dy.device(), stream, launch.counters, kept),
+                                 address(seed)};
+  launch(tensors, nullptr, stream);
+}
+
+// What is asked for in a backward.
+struct Needs {
+  bool x = false, lora_A = false, lora_B = false, bias = false;
+  bool any() const { return x || lora_A || lora_B || bias; }
+  int64_t bits() const { return x | lora_A << 1 | lora_B << 2 | bias << 3; }
+};
+
+class LoRALinearBackward : public LoRANode {
+ public:
+  Needs needs;
+  std::optional<at::ScalarType> bias_dtype;
+  int64_t K = 0, N = 0, R = 0;
+  double scale = 1.0;
+
+  // Undefined where no needed gradient uses them. x is [..., K], as it was given.
+  struct Saved {
+    Tensor x, weight, lora_A, lora_B, seed, s;
+  };
+  void save(const Saved& t) { LoRANode::save({t.x, t.weight, t.lora_A, t.lora_B, t.seed}); }
+
+  std::string name() const override { return "LoRALinearFunctionBackward"; }
+
+ private:
+  variable_list compute(const variable_list& dys, const variable_list& tensors, const Tensor& s) const override {
+    const Saved saved{tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], s};
+    Rows dy;
+    Key key;
+    if (!describe(dys[0], saved, dy, key)) return in_python(dys[0], saved, nullptr);
+    const auto known = backward_plans().find(key);
+    if (known == nullptr) return in_python(dys[0], saved, &key);
+    return known->covered ? run(*known, dy.tensor, saved) : in_python(dys[0], saved, nullptr);
+  }
+
+  // Whether the tensors are what this file covers, and what else there is to know of them. Hooks may have brought back
+  // other tensors than were saved.
+  bool describe(const Tensor& given, const Saved& saved, Rows& dy, Key& key) const {
+    // T alone is a library's business.
+    if (!dispatch_is_plain() || (needs.lora_A && !needs.x) || !as_rows(given, 0, N, dy)) return false;
+    const int64_t M = given.numel() / N;
+    int64_t x_stride = 0;
+    if (needs.lora_A) {
+      if (!is_plain(saved.x, device) || saved.x.scalar_type() != dtype || saved.x.numel() != M * K) return false;
+      const auto stride = row_stride(saved.x, M, K);
+      if (!stride) return false;
+      x_stride = *stride;
+    }
+    if (needs.x && (!is_matrix(saved.weight, N, K, dtype) || !is_matrix(saved.lora_A, R, K, adapter_dtype) ||
+                    !is_matrix(saved.lora_B, N, R, adapter_dtype))) {
+      return false;
+    }
+    if (needs.x && saved.weight.stride(0) != 1 && saved.weight.stride(1) != 1) return false;
+    if (needs.lora_B && (!is_matrix(saved.s, M, R, narrow_type()) || !saved.s.is_contiguous())) return false;
+    const int64_t alignment = misaligned(dy.tensor) | misaligned(saved.x) << 1 | misaligned(saved.weight) << 2 |
+                              misaligned(saved.lora_A) << 3 | misaligned(saved.lora_B) << 4 | misaligned(saved.s) << 5;
+    key.add(static_cast<uint8_t>(device.index()) | needs.bits() << 8 | static_cast<int64_t>(dtype) << 16 |
+            static_cast<int64_t>(adapter_dtype) << 24 | static_cast<int64_t>(precision) << 32 | alignment << 40 |
+            static_cast<int64_t>(Kind::kLinear) << 56);
+    for (const int64_t word : {M, K, N, R, dy.stride, x_stride}) key.add(word);
+    key.add(p);
+    if (needs.x) {
+      for (const Tensor* matrix : {&saved.weight, &saved.lora_A, &saved.lora_B}) key.add_strides(*matrix);
+    }
+    return true;
+  }
+
+  variable_list run(const BackwardPlan& plan, const Tensor& dy, const Saved& saved) const {
+    variable_list results(4);
+    const c10::OptionalDeviceGuard guard(device);
+    void* const stream = current_stream(device);
+    const int64_t M = dy.numel() / N;
+    const Tensor nothing;
+    Tensor t;
+    if (needs.x) {
+      auto sizes = dy.sizes().vec();
+      sizes.back() = K;
+      results[0] = fresh(sizes, dy, dtype);
+      t = fresh({M, R}, dy, narrow_type());
+      launch_one_pass(*plan.launches[0], dy, saved.weight, results[0], saved.lora_B, saved.lora_A, nothing, t,
+                      saved.seed, scale, stream);
+    }
+    if (needs.lora_A || needs.lora_B) {
+      if (needs.lora_A) results[1] = fresh({R, K}, dy, adapter_dtype);
+      if (needs.lora_B) results[2] = fresh({N, R}, dy, adapter_dtype);
+      launch_adapter_grads(*plan.launches[1], saved.x, dy, needs.lora_A ? t : nothing, saved.s, results[1], results[2],
+                           needs.lora_A ? saved.seed : nothing, stream);
+    }
+    if (needs.bias) results[3] = at::sum(dy.reshape({M, N}), {0}, false, bias_dtype);
+    return results;
+  }
+
+  // The backward of autograd.py, which also tells by what launches it computed, for the next of this key.
+  variable_list in_python(const Tensor& dy, const Saved& saved, const Key* key) const {
+    const pybind11::gil_scoped_acquire gil;
+    const auto arguments = pybind11::make_tuple(
+        pybind11::handle(plan->constants.get()), pybind11::make_tuple(needs.x, needs.lora_A, needs.lora_B, needs.bias),
+        wrapped(saved.x), wrapped(saved.weight), wrapped(saved.lora_A), wrapped(saved.lora_B), wrapped(saved.s),
+        wrapped(saved.seed), wrapped(dy), scale, key != nullptr);
+    return learned(checked(PyObject_CallObject(callbacks.backward, arguments.ptr())), key);
+  }
+};
+
+}  // namespace lora_kernels::host
