@@ -17,7 +17,7 @@ from lora_kernels.cli.bench.baseline import compare, require_comparable
 from lora_kernels.cli.bench.cases import DTYPES
 from lora_kernels.cli.bench.clock import CPU, CPU_TIME, Clock, CpuClock, GpuClock
 from lora_kernels.cli.bench.layers import Plan, ceilings_key, measure_case
-from lora_kernels.cli.bench.models import build
+from lora_kernels.cli.bench.models import EXACT, REFERENCE, build
 from lora_kernels.cli.bench.options import LayerOptions, ModelOptions, Options, PlotOptions
 from lora_kernels.cli.bench.results import (
     RESULTS_FILE,
@@ -156,7 +156,8 @@ def _measure_model(options: ModelOptions, results: Results) -> None:
         options.quantize,
         options.checkpointing,
     )
-    training = Training(setting, base, shape.vocabulary)
+    reference = EXACT if EXACT in options.providers else REFERENCE
+    training = Training(setting, base, shape.vocabulary, reference)
     try:
         for name in bar(options.providers, "provider", "checking"):
             training.prepare(name)

@@ -18,8 +18,8 @@ from lora_kernels.cli.bench.shapes import PROJECTIONS, ModelShape
 from lora_kernels.dispatch import PREFERENCE, BackendName
 
 DTYPE = torch.bfloat16
-# Adapters in bfloat16 would round much smaller steps away.
-LEARNING_RATE = 1e-3
+# QLoRA's for 7B and 13B. Several times as much, and steps of random weights amplify every rounding beyond comparison.
+LEARNING_RATE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -27,34 +27,38 @@ class ModelProvider:
     """How a model is trained.
 
     `backend`: ours, or None for PEFT's own code. `float32`: adapters in float32 under autocast, as Trainer has it.
-    Without `lora` nothing is trained and the backward still runs through every layer: the floor.
+    `exact`: all of the model in float32, in a copy of its own. Without `lora` nothing is trained and the backward still
+    runs through every layer: the floor.
     """
 
     lora: bool = True
     backend: BackendName | None = None
     float32: bool = False
     compiled: bool = False
+    exact: bool = False
 
 
-REFERENCE, REFERENCE_FLOAT32 = "peft", "peft-float32"
+REFERENCE, REFERENCE_FLOAT32, EXACT = "peft", "peft-float32", "peft-exact"
 MODEL_PROVIDERS: dict[str, ModelProvider] = {
     FLOOR: ModelProvider(lora=False),
     REFERENCE: ModelProvider(),
     REFERENCE_FLOAT32: ModelProvider(float32=True),
     "peft-compile": ModelProvider(compiled=True),
+    EXACT: ModelProvider(exact=True),
     **{name: ModelProvider(backend=name) for name in reversed(PREFERENCE)},
     "triton-float32": ModelProvider(backend="triton", float32=True),
 }
 # Who takes part only where it is named.
 LEFT_OUT = {
-    "peft-compile": "left out, because a whole model takes minutes to compile: name it after --providers to have it"
+    "peft-compile": "left out, because a whole model takes minutes to compile: name it after --providers to have it",
+    EXACT: "left out, because it is what rounding does to the others, not a way to train: name it after --providers",
 }
 
 
 def stock_of(name: str) -> str | None:
-    """Stock PEFT with the same dtypes, whose losses a provider's are compared with; None where it is none of ours."""
+    """Stock PEFT with the same dtypes, whose losses a provider's are compared with unless EXACT takes part."""
     provider = MODEL_PROVIDERS.get(name)
-    if provider is None or not provider.lora:
+    if provider is None or not provider.lora or provider.exact:
         return None
     return REFERENCE_FLOAT32 if provider.float32 else REFERENCE
 
@@ -128,7 +132,7 @@ class Trained:
     def __init__(self, provider: ModelProvider, base: nn.Module, rank: int, checkpointing: bool) -> None:
         self.provider = provider
         self.device = next(base.parameters()).device
-        self.model: nn.Module = copy.deepcopy(base, _shared(base))
+        self.model: nn.Module = _in_float32(base) if provider.exact else copy.deepcopy(base, _shared(base))
         if provider.lora:
             self.model = _with_adapters(self.model, rank, provider)
         decoder: Any = self.model.get_base_model() if provider.lora else self.model  # type: ignore[operator]
@@ -183,6 +187,12 @@ def _shared(base: nn.Module) -> dict[int, Any]:
     return {id(part): part for part in (*base.parameters(), *base.buffers(), *scales) if part is not None}
 
 
+def _in_float32(base: nn.Module) -> nn.Module:
+    if getattr(base, "is_loaded_in_4bit", False):
+        raise Missing("the weights are quantized, and it would train others: leave --quantize out")
+    return copy.deepcopy(base).to(torch.float32)
+
+
 def _with_adapters(model: nn.Module, rank: int, provider: ModelProvider) -> nn.Module:
     if importlib.util.find_spec("peft") is None:
         raise Missing("peft is not installed")
@@ -194,7 +204,7 @@ def _with_adapters(model: nn.Module, rank: int, provider: ModelProvider) -> nn.M
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             # Over a quantized base PEFT leaves them in float32 whatever it is told.
-            parameter.data = parameter.data.to(torch.float32 if provider.float32 else DTYPE)
+            parameter.data = parameter.data.to(torch.float32 if provider.float32 or provider.exact else DTYPE)
     if provider.backend:
         from lora_kernels import apply_lora_kernels
 

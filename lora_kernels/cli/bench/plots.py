@@ -22,6 +22,7 @@ _COLORS = {
     "peft": "C0",
     "peft-float32": "C9",
     "peft-compile": "C4",
+    "peft-exact": "C5",
     "eager": "C2",
     "cuda": "C6",
     "triton": "C3",

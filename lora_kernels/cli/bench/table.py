@@ -8,7 +8,7 @@ from itertools import groupby
 
 from lora_kernels.cli.bench.cases import Case
 from lora_kernels.cli.bench.clock import Times
-from lora_kernels.cli.bench.models import stock_of
+from lora_kernels.cli.bench.models import EXACT, stock_of
 from lora_kernels.cli.bench.providers import FLOOR, PROVIDERS
 from lora_kernels.cli.bench.results import Measurement, ModelMeasurement, Results
 
@@ -16,7 +16,7 @@ _MIB, _GIB = 1 << 20, 1 << 30
 _NONE = "-"
 _HEADINGS = ("", "forward", "step", "of roofline", "peak MiB", "must move MiB")
 _WIDTHS = (16, 20, 20, 14, 18, 18)
-_MODEL_WIDTHS = (12, 8, 10, 10, 20, 10)
+_MODEL_WIDTHS = (12, 8, 10, 10, 20, 10, 10)
 
 
 def layer_tables(results: Results) -> str:
@@ -109,10 +109,10 @@ def _reasons(measurements: Sequence[Measurement], left_out: Mapping[str, str]) -
 
 
 def model_table(measurements: Sequence[ModelMeasurement], left_out: Mapping[str, str]) -> str:
-    """A line for each provider of each whole model; "loss" is the first step's and the last one's."""
+    """A line for each provider of each whole model; docs/benchmarks.md says what its columns are."""
     lines: list[str] = []
     for title, group in groupby(measurements, key=_model_title):
-        lines += [title, _model_cells("", "tokens/s", "± %", "of floor", "peak GiB", "loss", "loss gap")]
+        lines += [title, _model_cells("", "tokens/s", "± %", "of floor", "peak GiB", "loss", "loss gap", "gradient")]
         members = {m.provider: m for m in group}
         lines += [_model_line(m, members) for m in members.values()]
         lines += [f"  {provider:<18}{_NONE:>12}  {reason}" for provider, reason in left_out.items()]
@@ -120,7 +120,7 @@ def model_table(measurements: Sequence[ModelMeasurement], left_out: Mapping[str,
 
 
 def loss_gap(losses: Sequence[float], stock: Sequence[float]) -> float:
-    """The largest distance of a step's loss from stock PEFT's at that step, relative to it."""
+    """The largest distance of a step's loss from the reference's at that step, relative to it."""
     gaps = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(losses, stock, strict=False)]
     # A NaN is the largest of all; to max it is so only where it comes first.
     return next(filter(math.isnan, gaps), max(gaps))
@@ -136,7 +136,7 @@ def _model_title(m: ModelMeasurement) -> str:
 def _model_line(m: ModelMeasurement, members: Mapping[str, ModelMeasurement]) -> str:
     if m.times is None or m.tokens_per_second is None:
         return f"  {m.provider:<18}{_NONE:>12}  {m.reason}"
-    floor, stock = (members.get(name) for name in (FLOOR, stock_of(m.provider) or ""))
+    floor, exact, stock = (members.get(name) for name in (FLOOR, EXACT, stock_of(m.provider) or ""))
     per_second = None if floor is None else floor.tokens_per_second
     return _model_cells(
         m.provider,
@@ -145,7 +145,8 @@ def _model_line(m: ModelMeasurement, members: Mapping[str, ModelMeasurement]) ->
         _NONE if per_second is None else f"{m.tokens_per_second / per_second:.3f}",
         _NONE if m.peak_bytes is None else f"{m.peak_bytes / _GIB:.2f}",
         f"{m.losses[0]:.3f} -> {m.losses[-1]:.3f}" if m.losses else _NONE,
-        _gap(m, stock),
+        _gap(m, exact if exact is not None and m.provider != FLOOR else stock),
+        _NONE if m.gradient_error is None else f"{m.gradient_error:.1e}",
     )
 
 

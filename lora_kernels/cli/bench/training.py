@@ -37,12 +37,16 @@ class Entry:
 
 
 class Training:
-    """One setting, all providers. Whatever has been measured when it is interrupted is in `measurements`."""
+    """One setting, all providers. Whatever has been measured when it is interrupted is in `measurements`.
 
-    def __init__(self, setting: Setting, base: nn.Module, vocabulary: int) -> None:
+    Gradients are compared with those of `reference`: EXACT, or stock PEFT's.
+    """
+
+    def __init__(self, setting: Setting, base: nn.Module, vocabulary: int, reference: str = REFERENCE) -> None:
         self.setting, self.base, self.vocabulary = setting, base, vocabulary
         self.device = next(base.parameters()).device
         self.entries: dict[str, Entry] = {}
+        self._reference_name = reference
         self._base_bytes = _allocated(self.device)
         self._reference: dict[str, Tensor] | str | None = None
 
@@ -119,12 +123,14 @@ class Training:
     def _reference_gradients(self) -> dict[str, Tensor]:
         if self._reference is None:
             try:
-                self._reference = self._gradients(self._build(REFERENCE))
+                self._reference = self._gradients(self._build(self._reference_name))
+            except Missing as missing:
+                self._reference = str(missing)
             except failures() as error:
                 self._reference = first_line(error)
             _free()
         if isinstance(self._reference, str):
-            raise Missing(f"cannot be checked, because stock PEFT fails: {self._reference}")
+            raise Missing(f"cannot be checked, because {self._reference_name} fails: {self._reference}")
         return self._reference
 
     def _gradients(self, trained: Trained) -> dict[str, Tensor]:
@@ -146,7 +152,7 @@ class Training:
 
 
 def _check(got: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
-    """The worst relative error of a gradient, against stock PEFT's: float64 has no room for a whole model."""
+    """The worst relative error of a gradient, against the reference's: float64 has no room for a whole model."""
     errors = {name: float((got[name] - t).norm() / t.norm()) for name, t in reference.items()}
     worst = max(errors, key=errors.__getitem__)
     # Not `errors[worst] < GRADIENT_LIMIT`: a NaN compares as nothing.
