@@ -2,9 +2,9 @@
 
 Python checks, chooses, plans and has Triton compile. Where a kind of call comes again, what was found is handed to the
 extension of csrc/host/, by which the next such call allocates, launches and makes its autograd node, and its backward
-runs, without Python. The bits are the same. Calls that are not covered (NF4, float32, subclasses of tensors, modes,
-tracing, a profiler that asked Triton for its launches) stay in Python, as do all of them where the extension is not
-compiled.
+runs, without Python. The bits are the same. Calls that are not covered (NF4 weights that are decoded inside of a
+product, float32, subclasses of tensors, modes, tracing, a profiler that asked Triton for its launches) stay in Python,
+as do all of them where the extension is not compiled.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from lora_kernels import autograd_gated, autograd_group
-from lora_kernels.autograd import TWICE, Needs, Saved, backward_of
+from lora_kernels.autograd import TWICE, Needs, Saved, backward_of, rebuilt
 from lora_kernels.autograd_gated import GatedPlan
 from lora_kernels.autograd_group import Constants, GroupSaved, Plan
 from lora_kernels.backends import Backend, Member, Precision
 from lora_kernels.dropout import Dropout, inverse_keep
+from lora_kernels.nf4 import Form, NF4Weight
 from lora_kernels.switches import is_on
+from lora_kernels.weights import Weight
 
 if TYPE_CHECKING:
     from lora_kernels.backends.triton.launch import Launch
@@ -72,12 +74,13 @@ def learn_linear(
     """
     if made is None:
         return
-    _, _, lora_A, _, bias, *_ = given
+    _, weight, lora_A, _, bias, *_ = given
     p = 0.0 if dropout is None else dropout.p
-    constants = (backend, p, precision, lora_A.dtype, None if bias is None else bias.dtype)
+    constants = (backend, p, precision, lora_A.dtype, None if bias is None else bias.dtype, _form(weight))
     extension = _extension()
     assert extension is not None
-    extension.learn_linear(*given, _handed_over(made, ["one_pass"]), inverse_keep(p) if p else 1.0, constants)
+    launches = _handed_over(made, [*_decoding(weight), "one_pass"])
+    extension.learn_linear(*given, launches, inverse_keep(p) if p else 1.0, constants)
 
 
 def learn_group(
@@ -94,20 +97,23 @@ def learn_group(
         return
     extension = _extension()
     assert extension is not None
-    first = members[0]
+    first, weights = members[0], [member.weight for member in members]
     assert first.lora_A is not None
     p = 0.0 if first.dropout is None else first.dropout.p
-    gated = isinstance(plan, GatedPlan)
-    launches = _handed_over(made, ["group_forward", *(["gated_forward", "one_pass"] if gated else [])])
-    learn = extension.learn_gated if gated else extension.learn_group
-    learn(*given, launches, inverse_keep(p) if p else 1.0, (plan, p, first.lora_A.dtype))
+    constants = (plan, p, first.lora_A.dtype, [_form(weight) for weight in weights])
+    if isinstance(plan, GatedPlan):
+        learn = extension.learn_gated
+        names = [*_decoding(*weights[:2]), "group_forward", "gated_forward", *_decoding(weights[2]), "one_pass"]
+    else:
+        learn, names = extension.learn_group, [*_decoding(*weights), "group_forward"]
+    learn(*given, _handed_over(made, names), inverse_keep(p) if p else 1.0, constants)
 
 
 def _backward(
-    constants: tuple[Backend, float, Precision, torch.dtype, torch.dtype | None],
+    constants: tuple[Backend, float, Precision, torch.dtype, torch.dtype | None, Form | None],
     needs: tuple[bool, bool, bool, bool],
     x: Tensor | None,
-    weight: Tensor | None,
+    weight: Any,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     s: Tensor | None,
@@ -117,57 +123,75 @@ def _backward(
     learn: bool,
 ) -> tuple[Any, ...]:
     """dx, dA, dB and db of a node that was made in C++, and the launches that they took if those are to be learned."""
-    backend, p, precision, adapter_dtype, bias_dtype = constants
-    wanted, saved = Needs(*needs), Saved(x, weight, lora_A, lora_B, s, seed, None)
+    backend, p, precision, adapter_dtype, bias_dtype, form = constants
+    wanted, saved = Needs(*needs), _saved_layer(form, weight, lora_A, lora_B, s, seed)._replace(x=x)
     with noting(learn, backend, dy) as made:
         gradients = backward_of(backend, wanted, saved, dy, scale, p, precision, adapter_dtype, bias_dtype)
-    names = ["one_pass" if wanted.x else None, "adapter_grads" if wanted.lora_A or wanted.lora_B else None]
+    names = [*_decoding(saved.weight), "one_pass"] if wanted.x else []
+    if wanted.lora_A or wanted.lora_B:
+        names.append("adapter_grads")
     return (*gradients, None if made is None else _handed_over(made, names))
 
 
 def _group_backward(
-    constants: tuple[Plan | GatedPlan, float, torch.dtype],
-    saved: list[Any],
+    constants: tuple[Plan | GatedPlan, float, torch.dtype, list[Form | None]],
+    shared: list[Tensor],
+    layers: list[tuple[Any, ...]],
     dys: list[Tensor | None],
     scales: list[float],
     learn: bool,
 ) -> tuple[Any, ...]:
-    """dx, and each layer's dA and dB, of a group's or a gated MLP's node that was made in C++, and their launches."""
-    plan, p, adapter_dtype = constants
-    # Of a gated MLP, g and u come first.
-    *hidden, x = saved[: 3 if isinstance(plan, GatedPlan) else 1]
-    kept = [_saved_layer(*saved[i : i + 5]) for i in range(len(hidden) + 1, len(saved), 5)]
+    """dx, and each layer's dA and dB, of a group's or a gated MLP's node that was made in C++, and their launches.
+
+    Args:
+        shared: x, and before it g and u of a gated MLP.
+        layers: weight, lora_A, lora_B, S and the dropout seed of each.
+    """
+    plan, p, adapter_dtype, forms = constants
+    kept = [_saved_layer(form, *layer) for layer, form in zip(layers, forms, strict=True)]
+    weights = [saved.weight for saved in kept]
     needs = [Needs(x=True, lora_A=True, lora_B=True, bias=False)] * len(kept)
     group = plan.group if isinstance(plan, GatedPlan) else plan
     precisions = (*group.precisions, plan.precision) if isinstance(plan, GatedPlan) else group.precisions
     settled = [Constants(scale, p, own, adapter_dtype, None) for scale, own in zip(scales, precisions, strict=True)]
-    shared = GroupSaved(x, tuple(kept[: len(group.backends)]))
-    with noting(learn, group.backends[0], x) as made:
+    saved = GroupSaved(shared[-1], tuple(kept[: len(group.backends)]))
+    names = [*_decoding(*weights[: len(group.backends)]), "group_input", "group_grads"]
+    with noting(learn, group.backends[0], shared[-1]) as made:
         if isinstance(plan, GatedPlan):
-            assert dys[0] is not None
-            g, u = hidden
-            dx, gradients = autograd_gated.backward(plan, needs, shared, kept[2], g, u, dys[0], settled)
-            names = ["one_pass", "gated_backward", "adapter_grads", "group_input", "group_grads"]
+            (g, u, _), dy = shared, dys[0]
+            assert dy is not None
+            dx, gradients = autograd_gated.backward(plan, needs, saved, kept[2], g, u, dy, settled)
+            names = [*_decoding(weights[2]), "one_pass", "gated_backward", "adapter_grads", *names]
         else:
-            dx, gradients = autograd_group.backward(plan, needs, shared, dys, settled)
-            names = ["group_input", "group_grads"]
+            dx, gradients = autograd_group.backward(plan, needs, saved, dys, settled)
     adapters = [t for dA, dB, _ in gradients for t in (dA, dB)]
     return (dx, *adapters, None if made is None else _handed_over(made, names))
 
 
-def _saved_layer(weight: Tensor, lora_A: Tensor, lora_B: Tensor, s: Tensor, seed: Tensor | None) -> Saved:
+def _saved_layer(
+    form: Form | None, weight: Any, lora_A: Tensor | None, lora_B: Tensor | None, s: Tensor | None, seed: Tensor | None
+) -> Saved:
+    """What a node kept of a layer; of an NF4 weight, its tensors."""
+    if form is not None and weight is not None:
+        weight = rebuilt(weight, form)
     return Saved(None, weight, lora_A, lora_B, s, seed, None)
 
 
-def _handed_over(made: list[Launch], names: Sequence[str | None]) -> list[Any] | None:
-    """Launches for C++, one for each name; None if others were made, or Triton makes one of them."""
-    if [launch.name for launch in made] != [name for name in names if name is not None]:
+def _form(weight: Weight | None) -> Form | None:
+    return weight.form if isinstance(weight, NF4Weight) else None
+
+
+def _decoding(*weights: Weight | None) -> list[str]:
+    """The launches that come before a product with these weights."""
+    return ["dequantize" for weight in weights if isinstance(weight, NF4Weight)]
+
+
+def _handed_over(made: list[Launch], names: list[str]) -> list[Any] | None:
+    """The launches for C++; None if they have other names than these, or Triton makes one of them."""
+    if [launch.name for launch in made] != names:
         return None
-    launches, rest = [], iter(made)
-    for name in names:
-        bound = None if name is None else next(rest)
-        launches.append(None if bound is None else _in_cpp(bound))
-    return None if any(name and not launch for name, launch in zip(names, launches, strict=True)) else launches
+    launches = [_in_cpp(launch) for launch in made]
+    return None if None in launches else launches
 
 
 def _in_cpp(launch: Launch) -> Any:
@@ -215,7 +239,8 @@ def start(extension: ModuleType, addresses: list[int | None], device_type: str) 
 
     extension.use_driver(*addresses, device_type)
     knobs = getattr(triton, "knobs", None)
-    extension.use_python(_backward, _group_backward, sync.zeros_for, None if knobs is None else knobs.runtime, TWICE)
+    hooked = None if knobs is None else knobs.runtime
+    extension.use_python(_backward, _group_backward, sync.zeros_for, hooked, NF4Weight, TWICE)
     linear, group, gated, _device_type = extension.linear, extension.group, extension.gated, device_type
 
 

@@ -5,7 +5,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 
-#include "node.h"
+#include "weight.h"
 
 namespace lora_kernels::host {
 
@@ -13,7 +13,8 @@ constexpr size_t kMostLayers = 3;
 
 // One layer of a call: the arguments of lora_linear that are its own.
 struct Layer {
-  const Tensor *weight = nullptr, *lora_A = nullptr, *lora_B = nullptr, *bias = nullptr;
+  Weight weight;
+  const Tensor *lora_A = nullptr, *lora_B = nullptr, *bias = nullptr;
   double scaling = 1.0;
   int64_t N = 0, R = 0;
 };
@@ -97,36 +98,57 @@ inline bool read_input(PyObject* x_, PyObject* dropout_p, PyObject* training, Py
   return true;
 }
 
+// A tensor or an NF4Weight.
+inline bool read_weight(PyObject* object, Weight& weight) {
+  if (const Tensor* dense = as_tensor(object)) {
+    if (dense->dim() != 2) return false;
+    weight.dense = *dense, weight.rows = dense->size(0), weight.columns = dense->size(1);
+    return true;
+  }
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != callbacks.nf4_weight) return false;
+  const auto field = [&](const char* name) { return checked(PyObject_GetAttrString(object, name)); };
+  static constexpr const char* kParts[] = {"packed", "absmax", "nested_absmax", "nested_map", "offset"};
+  for (size_t i = 0; i < weight.parts.size(); ++i) {
+    const auto part = field(kParts[i]);
+    if (part.is_none()) continue;
+    const Tensor* const tensor = as_tensor(part.ptr());
+    if (tensor == nullptr) return false;
+    weight.parts[i] = *tensor;
+  }
+  weight.block_size = pybind11::cast<int64_t>(field("block_size"));
+  std::tie(weight.rows, weight.columns) = pybind11::cast<std::pair<int64_t, int64_t>>(field("shape"));
+  return true;
+}
+
 // A layer that reads K columns.
 inline bool read_layer(PyObject* weight_, PyObject* lora_A_, PyObject* lora_B_, PyObject* scaling, PyObject* bias_,
                        int64_t K, Call& call) {
   if (call.count == kMostLayers) return false;
   Layer& layer = call.layers[call.count++];
-  layer.weight = as_tensor(weight_), layer.lora_A = as_tensor(lora_A_), layer.lora_B = as_tensor(lora_B_);
-  if (layer.weight == nullptr || layer.lora_A == nullptr || layer.lora_B == nullptr) return false;
+  layer.lora_A = as_tensor(lora_A_), layer.lora_B = as_tensor(lora_B_);
+  if (layer.lora_A == nullptr || layer.lora_B == nullptr || !read_weight(weight_, layer.weight)) return false;
   if (bias_ != nullptr && bias_ != Py_None && (layer.bias = as_tensor(bias_)) == nullptr) return false;
   if (scaling != nullptr && !as_number(scaling, layer.scaling)) return false;
-  const Tensor &weight = *layer.weight, &lora_A = *layer.lora_A, &lora_B = *layer.lora_B;
-  for (const Tensor* tensor : {layer.weight, layer.lora_A, layer.lora_B, layer.bias}) {
+  const Weight& weight = layer.weight;
+  const Tensor &lora_A = *layer.lora_A, &lora_B = *layer.lora_B;
+  if (!weight.fits(call.x->device(), call.dtype)) return false;
+  for (const Tensor* tensor : {layer.lora_A, layer.lora_B, layer.bias}) {
     if (tensor != nullptr && !is_plain(*tensor, call.x->device())) return false;
   }
-  if (weight.dim() != 2 || lora_A.dim() != 2 || lora_B.dim() != 2) return false;
-  layer.N = weight.size(0), layer.R = lora_A.size(0);
-  if (weight.size(1) != K || lora_A.size(1) != K || lora_B.size(0) != layer.N || lora_B.size(1) != layer.R ||
-      (weight.stride(0) != 1 && weight.stride(1) != 1)) {
-    return false;
-  }
-  if (weight.requires_grad() && c10::GradMode::is_enabled()) return false;
+  if (lora_A.dim() != 2 || lora_B.dim() != 2) return false;
+  layer.N = weight.rows, layer.R = lora_A.size(0);
+  if (weight.columns != K || lora_A.size(1) != K || lora_B.size(0) != layer.N || lora_B.size(1) != layer.R) return false;
+  if (!weight.is_nf4() && weight.dense.requires_grad() && c10::GradMode::is_enabled()) return false;
 
   const at::ScalarType adapters = lora_A.scalar_type();
-  if (weight.scalar_type() != call.dtype || lora_B.scalar_type() != adapters) return false;
+  if (lora_B.scalar_type() != adapters) return false;
   if (adapters != call.dtype && adapters != at::kFloat) return false;
   if (call.count > 1 && adapters != call.adapters) return false;
   call.adapters = adapters;
   call.precision = adapters == call.dtype ? Precision::kNative
                    : call.autocast        ? Precision::kRounded
                                           : Precision::kSplit;
-  int64_t bias_type = 0, alignment = misaligned(weight) | misaligned(lora_A) << 1 | misaligned(lora_B) << 2;
+  int64_t bias_type = 0, alignment = misaligned(lora_A) << 1 | misaligned(lora_B) << 2;
   if (layer.bias != nullptr) {
     const Tensor& bias = *layer.bias;
     const bool fits = bias.dim() == 1 && bias.size(0) == layer.N && bias.is_contiguous();
@@ -136,7 +158,8 @@ inline bool read_layer(PyObject* weight_, PyObject* lora_A_, PyObject* lora_B_, 
   }
   call.key.add(static_cast<int64_t>(adapters) | bias_type << 8 | alignment << 16);
   call.key.add(layer.N), call.key.add(layer.R);
-  for (const Tensor* matrix : {&weight, &lora_A, &lora_B}) call.key.add_strides(*matrix);
+  weight.describe(call.key);
+  for (const Tensor* matrix : {&lora_A, &lora_B}) call.key.add_strides(*matrix);
   return true;
 }
 
@@ -153,12 +176,13 @@ inline bool read_member(PyObject* member, int64_t K, Call& call) {
 // of the call.
 inline bool fits_group(const Call& call) {
   const Layer& first = call.layers[0];
-  const bool by_rows = first.weight->stride(1) == 1;
+  const bool by_rows = first.weight.is_by_rows();
   for (size_t i = 0; i < call.count; ++i) {
     const Layer& layer = call.layers[i];
     if (!layer.lora_A->is_contiguous() || !layer.lora_B->is_contiguous()) return false;
     if (i < call.sharing()) {
-      if (layer.weight->stride(by_rows ? 1 : 0) != 1) return false;
+      if (!layer.weight.is_nf4() && layer.weight.dense.stride(by_rows ? 1 : 0) != 1) return false;
+      if (layer.weight.is_nf4() && !by_rows) return false;
       if ((layer.bias == nullptr) != (first.bias == nullptr)) return false;
       if (layer.bias != nullptr && layer.bias->scalar_type() != first.bias->scalar_type()) return false;
     }

@@ -42,8 +42,9 @@ class Arguments {
 };
 
 // y_i = x W_i^T + S_i B_i^T + b_i and S_i = scale_i * mask_i(x) A_i^T: group_launch.py's forward.
-inline void launch_group_forward(Launch& launch, const Tensor& x, const Members& members, const OfMembers& ys,
-                                 const OfMembers& ss, void* stream) {
+inline void launch_group_forward(Launching& launching, const Tensor& x, const Members& members, const OfMembers& ys,
+                                 const OfMembers& ss) {
+  Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, x, at::kFloat);
   Tensor kept;
   Arguments arguments;
@@ -53,13 +54,14 @@ inline void launch_group_forward(Launch& launch, const Tensor& x, const Members&
   // No scale is a tensor.
   arguments.add(OfMembers());
   arguments.add(workspace);
-  arguments.add(zeros().of(x.device(), stream, launch.counters, kept));
-  launch(arguments.data(), members.floats().data(), stream);
+  arguments.add(zeros().of(x.device(), launching.stream, launch.counters, kept));
+  launch(arguments.data(), members.floats().data(), launching.stream);
 }
 
 // dx = sum of dy_i W_i + mask_i(T_i A_i) and T_i = scale_i * dy_i B_i: its backward_input.
-inline void launch_group_input(Launch& launch, const Tensor& dx, const OfMembers& dys, const Members& members,
-                               const OfMembers& ts, void* stream) {
+inline void launch_group_input(Launching& launching, const Tensor& dx, const OfMembers& dys, const Members& members,
+                               const OfMembers& ts) {
+  Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, dx, at::kFloat);
   Tensor kept;
   Arguments arguments;
@@ -68,29 +70,29 @@ inline void launch_group_input(Launch& launch, const Tensor& dx, const OfMembers
   for (const OfMembers* of : {&members.lora_B, &members.lora_A, &ts, &members.seed}) arguments.add(*of);
   arguments.add(OfMembers());
   arguments.add(workspace);
-  arguments.add(zeros().of(dx.device(), stream, launch.counters, kept));
-  launch(arguments.data(), members.floats().data(), stream);
+  arguments.add(zeros().of(dx.device(), launching.stream, launch.counters, kept));
+  launch(arguments.data(), members.floats().data(), launching.stream);
 }
 
 // dA_i = T_i^T mask_i(x) and dB_i = dy_i^T S_i: its backward_adapters.
-inline void launch_group_grads(Launch& launch, const Tensor& x, const OfMembers& dys, const OfMembers& ts,
-                               const OfMembers& ss, const OfMembers& dAs, const OfMembers& dBs, const OfMembers& seeds,
-                               void* stream) {
+inline void launch_group_grads(Launching& launching, const Tensor& x, const OfMembers& dys, const OfMembers& ts,
+                               const OfMembers& ss, const OfMembers& dAs, const OfMembers& dBs, const OfMembers& seeds) {
+  Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, x, at::kFloat);
   Tensor kept;
   Arguments arguments;
   arguments.add(x);
   for (const OfMembers* of : {&dys, &ts, &ss, &dAs, &dBs, &seeds}) arguments.add(*of);
   arguments.add(workspace);
-  arguments.add(zeros().of(x.device(), stream, launch.counters, kept));
-  launch(arguments.data(), nullptr, stream);
+  arguments.add(zeros().of(x.device(), launching.stream, launch.counters, kept));
+  launch(arguments.data(), nullptr, launching.stream);
 }
 
 // gated.py's kernels: h = act(g) u; and dg, which takes the place of dh, with du and h.
-inline void launch_activation(Launch& launch, std::initializer_list<const Tensor*> tensors, void* stream) {
+inline void launch_activation(Launching& launching, std::initializer_list<const Tensor*> tensors) {
   Arguments arguments;
   for (const Tensor* tensor : tensors) arguments.add(*tensor);
-  launch(arguments.data(), nullptr, stream);
+  launching.next()(arguments.data(), nullptr, launching.stream);
 }
 
 // Of a group, or of a gated MLP, whose down projection comes behind gate and up. Everything is asked for: dx, and each
@@ -100,13 +102,13 @@ class LoRAGroupBackward : public LoRANode {
   Kind kind = Kind::kGroup;
   int64_t K = 0;
   size_t count = 0;
-  // Of the layers.
-  std::array<int64_t, kMostLayers> N{}, R{};
+  // Of the layers. The block sizes are those of NF4 weights.
+  std::array<int64_t, kMostLayers> N{}, R{}, block_size{};
   std::array<double, kMostLayers> scale{};
 
   // Where what is saved lies, in the order of autograd_group.py and autograd_gated.py: a forward in Python may be
   // recomputed here. Of a gated MLP g and u; x; and what a layer has.
-  enum Of : size_t { kWeight, kA, kB, kS, kSeed, kOfLayer };
+  enum Of : size_t { kWeight, kA, kB, kS, kSeed, kParts, kOfLayer = kParts + 5 };
   size_t place_of_x() const { return is_gated() ? 2 : 0; }
   size_t place(size_t layer, Of which) const { return place_of_x() + 1 + layer * kOfLayer + which; }
 
@@ -146,19 +148,18 @@ class LoRAGroupBackward : public LoRANode {
       key.add(rows[i].stride << 1 | misaligned(rows[i].tensor));
     }
     for (size_t i = 0; i < count; ++i) {
-      const Tensor &weight = saved[place(i, kWeight)], &lora_A = saved[place(i, kA)], &lora_B = saved[place(i, kB)],
-                   &s = saved[place(i, kS)];
+      const Tensor &lora_A = saved[place(i, kA)], &lora_B = saved[place(i, kB)], &s = saved[place(i, kS)];
       const int64_t columns = i < sharing() ? K : N[0];
-      if (!is_matrix(weight, N[i], columns, dtype) || !is_matrix(lora_A, R[i], columns, adapter_dtype) ||
+      const Weight weight = weight_of(i, saved);
+      if (!weight.fits(device, dtype) || !is_matrix(lora_A, R[i], columns, adapter_dtype) ||
           !is_matrix(lora_B, N[i], R[i], adapter_dtype) || !is_matrix(s, M, R[i], narrow_type()) ||
           !lora_A.is_contiguous() || !lora_B.is_contiguous() || !s.is_contiguous()) {
         return false;
       }
-      const bool by_rows = saved[place(i < sharing() ? 0 : i, kWeight)].stride(1) == 1;
-      if (weight.stride(by_rows ? 1 : 0) != 1) return false;
-      key.add(N[i] << 4 | misaligned(weight) | misaligned(lora_A) << 1 | misaligned(lora_B) << 2 | misaligned(s) << 3);
+      if (i < sharing() && weight.is_by_rows() != weight_of(0, saved).is_by_rows()) return false;
+      key.add(N[i] << 3 | misaligned(lora_A) | misaligned(lora_B) << 1 | misaligned(s) << 2);
       key.add(R[i]);
-      key.add_strides(weight);
+      weight.describe(key);
     }
     if (is_gated()) {
       for (size_t i = 0; i < 2; ++i) {
@@ -171,7 +172,7 @@ class LoRAGroupBackward : public LoRANode {
 
   variable_list run(const BackwardPlan& plan, const std::array<Rows, kMostLayers>& rows, const variable_list& saved) const {
     const c10::OptionalDeviceGuard guard(device);
-    void* const stream = current_stream(device);
+    Launching launching(plan.launches, current_stream(device));
     const Tensor& x = saved[place_of_x()];
     const int64_t M = x.numel() / K;
     variable_list results(1 + 2 * count);
@@ -184,47 +185,58 @@ class LoRAGroupBackward : public LoRANode {
     members.count = sharing();
     OfMembers dys, ts, ss, dAs, dBs;
     for (size_t i = 0; i < members.count; ++i) {
-      members.weight[i] = saved[place(i, kWeight)], members.lora_A[i] = saved[place(i, kA)];
-      members.lora_B[i] = saved[place(i, kB)], members.seed[i] = saved[place(i, kSeed)];
-      members.scale[i] = scale[i];
+      members.lora_A[i] = saved[place(i, kA)], members.lora_B[i] = saved[place(i, kB)];
+      members.seed[i] = saved[place(i, kSeed)], members.scale[i] = scale[i];
       dys[i] = rows[i].tensor, ss[i] = saved[place(i, kS)];
       dAs[i] = results[1 + 2 * i], dBs[i] = results[2 + 2 * i];
       ts[i] = fresh({M, R[i]}, x, narrow_type());
     }
-    auto launch = plan.launches.begin();
     if (is_gated()) {
-      std::tie(dys[0], dys[1]) = through_down(launch, rows[0].tensor, saved, results[5], results[6], stream);
-      launch += 3;
+      std::tie(dys[0], dys[1]) = through_down(launching, rows[0].tensor, saved, results[5], results[6]);
     }
+    for (size_t i = 0; i < members.count; ++i) members.weight[i] = dense_of(weight_of(i, saved), launching, x, dtype);
     results[0] = fresh(x.sizes(), x, dtype);
-    launch_group_input(*launch[0], results[0], dys, members, ts, stream);
-    launch_group_grads(*launch[1], x, dys, ts, ss, dAs, dBs, members.seed, stream);
+    launch_group_input(launching, results[0], dys, members, ts);
+    launch_group_grads(launching, x, dys, ts, ss, dAs, dBs, members.seed);
     return results;
   }
 
   // dg and du, behind the down projection's dA and dB.
-  std::pair<Tensor, Tensor> through_down(Launches::const_iterator launch, const Tensor& dy, const variable_list& saved,
-                                         const Tensor& dA, const Tensor& dB, void* stream) const {
+  std::pair<Tensor, Tensor> through_down(Launching& launching, const Tensor& dy, const variable_list& saved,
+                                         const Tensor& dA, const Tensor& dB) const {
     const Tensor &g = saved[0], &u = saved[1], &seed = saved[place(2, kSeed)];
     const Tensor nothing;
-    const Tensor dh = fresh(g.sizes(), g, dtype), du = fresh(g.sizes(), g, dtype), h = fresh(g.sizes(), g, dtype);
-    const Tensor t = fresh({g.size(0), R[2]}, g, narrow_type());
-    launch_one_pass(*launch[0], dy, saved[place(2, kWeight)], dh, saved[place(2, kB)], saved[place(2, kA)], nothing, t,
-                    seed, scale[2], stream);
-    launch_activation(*launch[1], {&dh, &g, &u, &du, &h}, stream);
-    launch_adapter_grads(*launch[2], h, dy, t, saved[place(2, kS)], dA, dB, seed, stream);
+    const Tensor dh = fresh(g.sizes(), g, dtype), t = fresh({g.size(0), R[2]}, g, narrow_type());
+    {
+      const Tensor weight = dense_of(weight_of(2, saved), launching, g, dtype);
+      launch_one_pass(launching, dy, weight, dh, saved[place(2, kB)], saved[place(2, kA)], nothing, t, seed, scale[2]);
+    }
+    const Tensor du = fresh(g.sizes(), g, dtype), h = fresh(g.sizes(), g, dtype);
+    launch_activation(launching, {&dh, &g, &u, &du, &h});
+    launch_adapter_grads(launching, h, dy, t, saved[place(2, kS)], dA, dB, seed);
     return {dh, du};
+  }
+
+  Weight weight_of(size_t i, const variable_list& saved) const {
+    Weight weight{saved[place(i, kWeight)], {}, N[i], i < sharing() ? K : N[0], block_size[i]};
+    std::copy_n(saved.begin() + place(i, kParts), weight.parts.size(), weight.parts.begin());
+    return weight;
   }
 
   // The backward of autograd_group.py or autograd_gated.py, as LoRALinearBackward's.
   variable_list in_python(const variable_list& dys, const variable_list& saved, const Key* key) const {
     const pybind11::gil_scoped_acquire gil;
-    pybind11::list tensors, gradients, scales;
-    for (const Tensor& tensor : saved) tensors.append(wrapped(tensor));
+    pybind11::list shared, layers, gradients, scales;
+    for (size_t i = 0; i <= place_of_x(); ++i) shared.append(wrapped(saved[i]));
+    for (size_t i = 0; i < count; ++i) {
+      layers.append(pybind11::make_tuple(wrapped(weight_of(i, saved)), wrapped(saved[place(i, kA)]),
+                                         wrapped(saved[place(i, kB)]), wrapped(saved[place(i, kS)]),
+                                         wrapped(saved[place(i, kSeed)])));
+      scales.append(scale[i]);
+    }
     for (const Tensor& dy : dys) gradients.append(wrapped(dy));
-    for (size_t i = 0; i < count; ++i) scales.append(scale[i]);
-    const auto arguments = pybind11::make_tuple(pybind11::handle(plan->constants.get()), tensors, gradients, scales,
-                                                key != nullptr);
+    const auto arguments = pybind11::make_tuple(pybind11::handle(plan->constants.get()), shared, layers, gradients,
+                                                scales, key != nullptr);
     return learned(checked(PyObject_CallObject(callbacks.group_backward, arguments.ptr())), key);
   }
 };

@@ -12,27 +12,29 @@
 namespace lora_kernels::host {
 
 // out = left op(W) + mask(S U) + bias and S = scale * mask(left) D, of tensors in the order of launch.py's one_pass.
-inline void launch_one_pass(Launch& launch, const Tensor& left, const Tensor& weight, const Tensor& out,
+inline void launch_one_pass(Launching& launching, const Tensor& left, const Tensor& weight, const Tensor& out,
                             const Tensor& down, const Tensor& up, const Tensor& bias, const Tensor& s,
-                            const Tensor& seed, double scale, void* stream) {
+                            const Tensor& seed, double scale) {
+  Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, left, at::kFloat);
   Tensor kept;
   const void* const tensors[] = {address(left), address(weight), address(out), address(down), address(up),
                                  address(bias), address(s), address(workspace),
-                                 zeros().of(left.device(), stream, launch.counters, kept), address(seed), nullptr};
+                                 zeros().of(left.device(), launching.stream, launch.counters, kept), address(seed), nullptr};
   const float number = static_cast<float>(scale);
-  launch(tensors, &number, stream);
+  launch(tensors, &number, launching.stream);
 }
 
 // dA = T^T mask(x) and dB = dy^T S, each where it is defined.
-inline void launch_adapter_grads(Launch& launch, const Tensor& x, const Tensor& dy, const Tensor& t, const Tensor& s,
-                                 const Tensor& dA, const Tensor& dB, const Tensor& seed, void* stream) {
+inline void launch_adapter_grads(Launching& launching, const Tensor& x, const Tensor& dy, const Tensor& t,
+                                 const Tensor& s, const Tensor& dA, const Tensor& dB, const Tensor& seed) {
+  Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, dy, at::kFloat);
   Tensor kept;
   const void* const tensors[] = {address(x), address(dy), address(t), address(s), address(dA), address(dB),
-                                 address(workspace), zeros().of(dy.device(), stream, launch.counters, kept),
+                                 address(workspace), zeros().of(dy.device(), launching.stream, launch.counters, kept),
                                  address(seed)};
-  launch(tensors, nullptr, stream);
+  launch(tensors, nullptr, launching.stream);
 }
 
 // What is asked for in a backward.
@@ -51,15 +53,23 @@ class LoRALinearBackward : public LoRANode {
 
   // Undefined where no needed gradient uses them. x is [..., K], as it was given.
   struct Saved {
-    Tensor x, weight, lora_A, lora_B, seed, s;
+    Tensor x, lora_A, lora_B, seed, s;
+    Weight weight;
   };
-  void save(const Saved& t) { LoRANode::save({t.x, t.weight, t.lora_A, t.lora_B, t.seed}); }
+  // In the order of autograd.py's Saved.
+  void save(const Saved& saved) {
+    block_size_ = saved.weight.block_size;
+    variable_list tensors{saved.x, saved.weight.dense, saved.lora_A, saved.lora_B, saved.seed};
+    tensors.insert(tensors.end(), saved.weight.parts.begin(), saved.weight.parts.end());
+    LoRANode::save(tensors);
+  }
 
   std::string name() const override { return "LoRALinearFunctionBackward"; }
 
  private:
   variable_list compute(const variable_list& dys, const variable_list& tensors, const Tensor& s) const override {
-    const Saved saved{tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], s};
+    Saved saved{tensors[0], tensors[2], tensors[3], tensors[4], s, {tensors[1], {}, N, K, block_size_}};
+    std::copy(tensors.begin() + 5, tensors.end(), saved.weight.parts.begin());
     Rows dy;
     Key key;
     if (!describe(dys[0], saved, dy, key)) return in_python(dys[0], saved, nullptr);
@@ -81,21 +91,20 @@ class LoRALinearBackward : public LoRANode {
       if (!stride) return false;
       x_stride = *stride;
     }
-    if (needs.x && (!is_matrix(saved.weight, N, K, dtype) || !is_matrix(saved.lora_A, R, K, adapter_dtype) ||
+    if (needs.x && (!saved.weight.fits(device, dtype) || !is_matrix(saved.lora_A, R, K, adapter_dtype) ||
                     !is_matrix(saved.lora_B, N, R, adapter_dtype))) {
       return false;
     }
-    if (needs.x && saved.weight.stride(0) != 1 && saved.weight.stride(1) != 1) return false;
     if (needs.lora_B && (!is_matrix(saved.s, M, R, narrow_type()) || !saved.s.is_contiguous())) return false;
-    const int64_t alignment = misaligned(dy.tensor) | misaligned(saved.x) << 1 | misaligned(saved.weight) << 2 |
-                              misaligned(saved.lora_A) << 3 | misaligned(saved.lora_B) << 4 | misaligned(saved.s) << 5;
+    const int64_t alignment = misaligned(dy.tensor) | misaligned(saved.x) << 1 | misaligned(saved.lora_A) << 3 | misaligned(saved.lora_B) << 4 | misaligned(saved.s) << 5;
     key.add(static_cast<uint8_t>(device.index()) | needs.bits() << 8 | static_cast<int64_t>(dtype) << 16 |
             static_cast<int64_t>(adapter_dtype) << 24 | static_cast<int64_t>(precision) << 32 | alignment << 40 |
             static_cast<int64_t>(Kind::kLinear) << 56);
     for (const int64_t word : {M, K, N, R, dy.stride, x_stride}) key.add(word);
     key.add(p);
     if (needs.x) {
-      for (const Tensor* matrix : {&saved.weight, &saved.lora_A, &saved.lora_B}) key.add_strides(*matrix);
+      saved.weight.describe(key);
+      for (const Tensor* matrix : {&saved.lora_A, &saved.lora_B}) key.add_strides(*matrix);
     }
     return true;
   }
@@ -103,7 +112,7 @@ class LoRALinearBackward : public LoRANode {
   variable_list run(const BackwardPlan& plan, const Tensor& dy, const Saved& saved) const {
     variable_list results(4);
     const c10::OptionalDeviceGuard guard(device);
-    void* const stream = current_stream(device);
+    Launching launching(plan.launches, current_stream(device));
     const int64_t M = dy.numel() / N;
     const Tensor nothing;
     Tensor t;
@@ -112,14 +121,14 @@ class LoRALinearBackward : public LoRANode {
       sizes.back() = K;
       results[0] = fresh(sizes, dy, dtype);
       t = fresh({M, R}, dy, narrow_type());
-      launch_one_pass(*plan.launches[0], dy, saved.weight, results[0], saved.lora_B, saved.lora_A, nothing, t,
-                      saved.seed, scale, stream);
+      const Tensor weight = dense_of(saved.weight, launching, dy, dtype);
+      launch_one_pass(launching, dy, weight, results[0], saved.lora_B, saved.lora_A, nothing, t, saved.seed, scale);
     }
     if (needs.lora_A || needs.lora_B) {
       if (needs.lora_A) results[1] = fresh({R, K}, dy, adapter_dtype);
       if (needs.lora_B) results[2] = fresh({N, R}, dy, adapter_dtype);
-      launch_adapter_grads(*plan.launches[1], saved.x, dy, needs.lora_A ? t : nothing, saved.s, results[1], results[2],
-                           needs.lora_A ? saved.seed : nothing, stream);
+      launch_adapter_grads(launching, saved.x, dy, needs.lora_A ? t : nothing, saved.s, results[1], results[2],
+                           needs.lora_A ? saved.seed : nothing);
     }
     if (needs.bias) results[3] = at::sum(dy.reshape({M, N}), {0}, false, bias_dtype);
     return results;
@@ -134,6 +143,9 @@ class LoRALinearBackward : public LoRANode {
         wrapped(saved.seed), wrapped(dy), scale, key != nullptr);
     return learned(checked(PyObject_CallObject(callbacks.backward, arguments.ptr())), key);
   }
+
+  // Of an NF4 weight.
+  int64_t block_size_ = 0;
 };
 
 }  // namespace lora_kernels::host

@@ -94,8 +94,8 @@ auto linear_node(const Call& call, const Plan& plan, double scale, const Needs& 
   if (bias.defined()) node->bias_dtype = bias.scalar_type();
   node->K = call.K, node->N = layer.N, node->R = layer.R, node->scale = scale;
   const bool needs_t = needs.x || needs.lora_A;
-  node->save({needs.lora_A ? in.x : nothing, needs.x ? *layer.weight : nothing, needs.x ? *layer.lora_A : nothing,
-              needs_t ? *layer.lora_B : nothing, needs_t ? in.seeds[0] : nothing, nothing});
+  node->save({needs.lora_A ? in.x : nothing, needs.x ? *layer.lora_A : nothing, needs_t ? *layer.lora_B : nothing,
+              needs_t ? in.seeds[0] : nothing, nothing, needs.x ? layer.weight : Weight()});
   return node;
 }
 
@@ -113,8 +113,9 @@ PyObject* linear(const Call& call, const Plan& plan, const Scales& scales) {
   {
     const Outside outside(in.x.device());
     y = fresh_y(in.x, layer.N, call.dtype), s = fresh_s(call, layer, in.x);
-    launch_one_pass(*plan->launches[0], in.x, *layer.weight, y, *layer.lora_A, *layer.lora_B, bias_of(layer), s,
-                    in.seeds[0], scales[0], outside.stream);
+    Launching launching(plan->launches, outside.stream);
+    const Tensor weight = dense_of(layer.weight, launching, in.x, call.dtype);
+    launch_one_pass(launching, in.x, weight, y, *layer.lora_A, *layer.lora_B, bias_of(layer), s, in.seeds[0], scales[0]);
   }
   if (node != nullptr) {
     if (needs.lora_B) node->keep(std::move(s));
@@ -128,19 +129,19 @@ struct Shared {
   OfMembers ys, ss;
 };
 
-Shared run_group(const Call& call, const Plan& plan, const Scales& scales, const Inputs& in, bool leading) {
-  const Outside outside(in.x.device());
+Shared run_group(const Call& call, Launching& launching, const Scales& scales, const Inputs& in, bool leading) {
   Members members;
   members.count = call.sharing(), members.scale = scales;
   Shared out;
   for (size_t i = 0; i < members.count; ++i) {
     const Layer& layer = call.layers[i];
-    members.weight[i] = *layer.weight, members.lora_A[i] = *layer.lora_A, members.lora_B[i] = *layer.lora_B;
+    members.weight[i] = dense_of(layer.weight, launching, in.x, call.dtype);
+    members.lora_A[i] = *layer.lora_A, members.lora_B[i] = *layer.lora_B;
     members.bias[i] = bias_of(layer), members.seed[i] = in.seeds[i];
     out.ys[i] = leading ? fresh_y(in.x, layer.N, call.dtype) : fresh({call.M, layer.N}, in.x, call.dtype);
     out.ss[i] = fresh_s(call, layer, in.x);
   }
-  launch_group_forward(*plan->launches[0], in.x, members, out.ys, out.ss, outside.stream);
+  launch_group_forward(launching, in.x, members, out.ys, out.ss);
   return out;
 }
 
@@ -155,9 +156,10 @@ auto group_node(const Call& call, const Plan& plan, const Scales& scales, const 
   saved.push_back(in.x);
   for (size_t i = 0; i < call.count; ++i) {
     const Layer& layer = call.layers[i];
-    node->N[i] = layer.N, node->R[i] = layer.R;
+    node->N[i] = layer.N, node->R[i] = layer.R, node->block_size[i] = layer.weight.block_size;
     sources.insert(sources.end(), {*layer.lora_A, *layer.lora_B});
-    saved.insert(saved.end(), {*layer.weight, *layer.lora_A, *layer.lora_B, shared.ss[i], in.seeds[i]});
+    saved.insert(saved.end(), {layer.weight.dense, *layer.lora_A, *layer.lora_B, shared.ss[i], in.seeds[i]});
+    saved.insert(saved.end(), layer.weight.parts.begin(), layer.weight.parts.end());
   }
   node->set_next_edges(torch::autograd::collect_next_edges(sources));
   node->save(saved);
@@ -167,7 +169,12 @@ auto group_node(const Call& call, const Plan& plan, const Scales& scales, const 
 PyObject* group(const Call& call, const Plan& plan, const Scales& scales) {
   RECORD_FUNCTION("LoRAGroupFunction", c10::ArrayRef<const c10::IValue>{});
   const Inputs in = prepare(call);
-  Shared shared = run_group(call, plan, scales, in, /*leading=*/true);
+  Shared shared;
+  {
+    const Outside outside(in.x.device());
+    Launching launching(plan->launches, outside.stream);
+    shared = run_group(call, launching, scales, in, /*leading=*/true);
+  }
   const auto node = group_node(call, plan, scales, in, shared);
   auto ys = pybind11::list(call.count);
   for (size_t i = 0; i < call.count; ++i) {
@@ -180,17 +187,24 @@ PyObject* group(const Call& call, const Plan& plan, const Scales& scales) {
 PyObject* gated(const Call& call, const Plan& plan, const Scales& scales) {
   RECORD_FUNCTION("GatedMLPFunction", c10::ArrayRef<const c10::IValue>{});
   const Inputs in = prepare(call);
-  const Shared shared = run_group(call, plan, scales, in, /*leading=*/false);
+  Launching launching(plan->launches, current_stream(in.x.device()));
+  Shared shared;
+  {
+    const Outside outside(in.x.device());
+    shared = run_group(call, launching, scales, in, /*leading=*/false);
+  }
   const auto node = group_node(call, plan, scales, in, shared);
   const Layer& down = call.layers[2];
   Tensor y, s;
   {
     const Outside outside(in.x.device());
     const Tensor h = fresh(shared.ys[0].sizes(), in.x, call.dtype);
-    launch_activation(*plan->launches[1], {&shared.ys[0], &shared.ys[1], &h}, outside.stream);
+    launch_activation(launching, {&shared.ys[0], &shared.ys[1], &h});
+    // The decoded weight lies where g and u lay, if nobody keeps those.
+    shared = Shared();
+    const Tensor weight = dense_of(down.weight, launching, in.x, call.dtype);
     y = fresh_y(in.x, down.N, call.dtype), s = fresh_s(call, down, in.x);
-    launch_one_pass(*plan->launches[2], h, *down.weight, y, *down.lora_A, *down.lora_B, bias_of(down), s, in.seeds[2],
-                    scales[2], outside.stream);
+    launch_one_pass(launching, h, weight, y, *down.lora_A, *down.lora_B, bias_of(down), s, in.seeds[2], scales[2]);
   }
   if (node != nullptr) {
     node->keep(std::move(s));
@@ -284,9 +298,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     served = c10::Device(device_type).type();
   });
   module.def("use_python", [](py::object backward, py::object group_backward, py::object zeros_for, py::object hooked,
-                              const std::string& twice) {
+                              py::object nf4_weight, const std::string& twice) {
     callbacks.backward = backward.release().ptr(), callbacks.group_backward = group_backward.release().ptr();
-    callbacks.zeros_for = zeros_for.release().ptr();
+    callbacks.zeros_for = zeros_for.release().ptr(), callbacks.nf4_weight = nf4_weight.release().ptr();
     callbacks.hooked = hooked.release().ptr(), callbacks.twice = twice;
     callbacks.hook_name = PyUnicode_InternFromString("launch_enter_hook");
     callbacks.calls_name = PyUnicode_InternFromString("calls");

@@ -54,7 +54,7 @@ struct ForwardPlan {
   Object constants;
 };
 
-// The same of a backward. A launch is null where nothing needs it.
+// The same of a backward.
 struct BackwardPlan {
   bool covered;
   Launches launches;

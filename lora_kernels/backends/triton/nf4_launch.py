@@ -29,6 +29,8 @@ from lora_kernels.nf4 import NF4Weight
 # Elements that a program of the dequantizing kernel writes.
 DEQUANTIZE_BLOCK = 4096
 
+_decodings: dict[tuple[object, ...], launch.Launch] = {}
+
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype, *, block: int = DEQUANTIZE_BLOCK) -> Tensor:
     """The weight [N, K] in `dtype`, bit for bit what NF4Weight.dequantize gives, in one launch.
@@ -38,27 +40,23 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, *, block: int = DEQUANTIZE
     """
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     words = _words(weight.packed)
-    arguments = (
-        words,
-        weight.absmax,
-        weight.nested_absmax,
-        weight.nested_map,
-        weight.offset,
-        out,
-        out.numel(),
-        weight.packed.numel(),
-    )
-    options = {
-        "BLOCK": block,
-        "BLOCK_SIZE": weight.block_size,
-        "SHUFFLE": _has_shuffles(weight.device),
-        "enable_fp_fusion": False,
-    }
     kind = (
         "dequantize", weight.device, dtype, weight.shape, weight.block_size, weight.double_quant, block,
         words.dtype, launch.alignment(*weight.tensors()),
     )  # fmt: skip
-    launch.launch_kernel(dequantize_kernel, kind, (triton.cdiv(out.numel(), block), 1, 1), arguments, options, None)
+    found = _decodings.get(kind)
+    if found is None:
+        options = {
+            "BLOCK": block,
+            "BLOCK_SIZE": weight.block_size,
+            "SHUFFLE": _has_shuffles(weight.device),
+            "enable_fp_fusion": False,
+        }
+        grid, numbers = (triton.cdiv(out.numel(), block), 1, 1), (out.numel(), weight.packed.numel())
+        found = launch.Launch(dequantize_kernel, kind, grid, options, None, 0, 0, numbers)
+        launch.remember(_decodings, kind, found)
+    nested = (weight.nested_absmax, weight.nested_map, weight.offset)
+    found(weight.device, (words, weight.absmax, *nested, out))
     return out
 
 
