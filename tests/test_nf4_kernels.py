@@ -291,6 +291,13 @@ def test_parts_fill_the_chip() -> None:
         assert 1 <= share_parts(steps) <= 8
 
 
+def test_parts_are_those_that_were_the_best_of_a_sweep() -> None:
+    """docs/kernels.md has the sweep: 4096 -> 14336, 14336 -> 4096 and the first one's dx at 1 to 16 rows, and at 64."""
+    for M, forward, tile_count, steps, best in ((1, True, 112, 64, 4), (16, True, 32, 224, 8), (1, False, 64, 112, 6),
+                                                (64, True, 64, 112, 6)):  # fmt: skip
+        assert product_parts(HOPPER, product_tiles(HOPPER, M, forward), tile_count, steps) == best
+
+
 def test_a_path_that_a_weight_cannot_go_is_refused(device: torch.device) -> None:
     left, weight, down, up, bias = operands(ProductCase(5, 96, 40, 3, 64), device)
     with pytest.raises(ValueError, match="path was 'fly', but must be 'scratch': 96 columns are no multiple"):

@@ -123,13 +123,14 @@ def product_parts(chip: Chip, tiles: NF4Tiles, tile_count: int, steps: int) -> i
     """Into how many parts the reduction is split: the number with the least predicted time.
 
     That is steps one after the other on a multiprocessor, each program with two more for its beginning and end; four
-    programs at once hide the latencies of one another.
+    programs at once hide the latencies of one another. Each part more is one more to be written, and waited for by
+    whoever adds them up: as long as three steps, by which the numbers come out that were the best of a sweep (docs/kernels.md).
     """
 
     def cost(parts: int) -> float:
         programs = -(-tile_count * parts // chip.multiprocessors)
         at_once = min(programs, tiles.resident, 4)
-        return programs * (-(-steps // parts) + 2) / at_once
+        return programs * (-(-steps // parts) + 2) / at_once + 3 * parts
 
     return min(range(1, min(16, steps) + 1), key=cost)
 
