@@ -13,9 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from fake_kernels import KERNELS
 from torch import Tensor
-
-from lora_kernels.dropout import keep_mask
 
 _ADDRESS, _UINT, _INT, _SIZE = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_size_t
 _POINTER, _U64, _U32 = ctypes.POINTER, ctypes.c_uint64, ctypes.c_uint32
@@ -50,6 +49,8 @@ class Compiled:
     dtypes: dict[int, torch.dtype]
     signature: dict[str, str]
     boxes: list[Any]
+    # Pointers that lay on 16 bytes, as Triton takes for granted from then on.
+    aligned: set[int]
 
     @property
     def metadata(self) -> SimpleNamespace:
@@ -70,12 +71,15 @@ class FakeKernel:
         return self._run
 
     def _run(self, *arguments: Any, **options: Any) -> Compiled:
-        compiled = Compiled(len(self._driver.kernels) + 1, self._name, options, {}, {}, {}, [])
+        compiled = Compiled(len(self._driver.kernels) + 1, self._name, options, {}, {}, {}, [], set())
         values: dict[int, Any] = {}
         for index, value in enumerate(arguments):
             kind = "i32" if isinstance(value, int) else "fp32"
             if isinstance(value, Tensor):
                 compiled.dtypes[index], kind, values[index] = value.dtype, "*x", value.data_ptr()
+                # A seed is one number, loaded by itself.
+                if value.data_ptr() % 16 == 0 and value.dtype != torch.int64:
+                    compiled.aligned.add(index)
             elif hasattr(value, "block_shape"):
                 compiled.dtypes[index], kind, values[index] = value.base.dtype, "tensordesc<x>", value.base.data_ptr()
                 compiled.boxes.append({"block_size": value.block_shape, "swizzle": 3})
@@ -99,6 +103,12 @@ class FakeDriver:
         self.capturing = False
         self.one_pass = FakeKernel(self, "one_pass", (12, 13, 14, 18, 19, 20))
         self.adapter_grads = FakeKernel(self, "adapter_grads", (9, 10, 16, 17))
+        self.group_forward = FakeKernel(self, "group_forward", (30, 31, 32, 40, 41, 42))
+        self.group_input = FakeKernel(self, "group_input", (27, 28, 29, 37, 38, 39, 40, 41))
+        self.group_grads = FakeKernel(self, "group_grads", (21, 22, 37, 38))
+        self.gated_forward = FakeKernel(self, "gated_forward", ())
+        self.gated_backward = FakeKernel(self, "gated_backward", ())
+        self.dequantize = FakeKernel(self, "dequantize", ())
         self.cuLaunchKernel = _LAUNCH(self._launch)
         self.cuTensorMapEncodeTiled = _ENCODE(self._encode)
         self.cuFuncGetParamInfo = _PARAMETER_INFO(self._parameter_info)
@@ -112,7 +122,7 @@ class FakeDriver:
     def compute(self, compiled: Compiled, values: dict[int, Any], stream: int) -> None:
         arguments = {i: values.get(i, compiled.constants.get(i)) for i in range(len(compiled.signature))}
         self.launches.append(Launched(compiled.name, arguments, stream))
-        (_one_pass if compiled.name == "one_pass" else _adapter_grads)(compiled, arguments)
+        KERNELS[compiled.name](compiled.dtypes, compiled.options, arguments)
 
     def _launch(self, function: int, *others: Any) -> int:
         *_, stream, parameters, _ = others
@@ -128,6 +138,8 @@ class FakeDriver:
             form, size = _FORMATS["*" if kind.startswith("*") else kind]
             (values[index],) = struct.unpack(form, ctypes.string_at(parameters[position], size))
             position += 1
+        if any(values[index] % 16 for index in compiled.aligned):
+            return 716
         self.compute(compiled, values, stream or 0)
         return 0
 
@@ -136,6 +148,8 @@ class FakeDriver:
     ) -> int:
         assert target % 64 == 0
         assert (rank, steps[0], steps[1]) == (2, 1, 1)
+        if address % 16 or strides[0] % 16:
+            return 1
         self.encoded += 1
         ctypes.memmove(target, _MAP.pack(address, sizes[0], sizes[1], strides[0], box[0], box[1]), _MAP.size)
         return 0
@@ -160,50 +174,3 @@ class FakeDriver:
     def _current_stream(self, device: int, stream: Any) -> int:
         stream[0] = 77
         return 0
-
-
-def _view(address: int, dtype: torch.dtype, rows: int, columns: int, row_stride: int, column_stride: int) -> Tensor:
-    count = 1 + (rows - 1) * row_stride + (columns - 1) * column_stride
-    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype).as_strided((rows, columns), (row_stride, column_stride))
-
-
-def _one_pass(compiled: Compiled, a: dict[int, Any]) -> None:
-    dtypes, options, (M, N, K, R) = compiled.dtypes, compiled.options, (a[14], a[15], a[16], a[17])
-    transposed = options["W_IS_NK"]
-    shapes = {0: (M, K, a[21]), 1: (*((N, K) if transposed else (K, N)), a[22]), 2: (M, N, a[23])}
-    matrices = []
-    for index, (rows, columns, stride) in shapes.items():
-        address = a[index]
-        if isinstance(address, tuple):
-            address, *described = address
-            assert described == [rows, columns, stride * dtypes[index].itemsize]
-        matrices.append(_view(address, dtypes[index], rows, columns, stride, 1))
-    left, stored, out = matrices
-    down, up = _view(a[3], dtypes[3], K, R, a[24], a[25]), _view(a[4], dtypes[4], R, N, a[26], a[27])
-    s = _view(a[6], dtypes[6], M, R, a[28], 1)
-    assert int(_view(a[8], torch.int32, 1, 1, 1, 1)) == 0
-    x, up = left.double(), up.double()
-    seed = None if a[9] is None else _view(a[9], torch.int64, 1, 1, 1, 1).view(1)
-    if options["MASK_X"]:
-        x = torch.where(keep_mask(seed, M, K, a[12] / 65536), x, 0.0)
-    s.copy_(x @ down.double() * a[11])
-    branch = s.double() @ up
-    if options["MASK_OUT"]:
-        branch = torch.where(keep_mask(seed, M, N, a[12] / 65536), branch, 0.0)
-    total = left.double() @ (stored.T if transposed else stored).double() + branch
-    if options["HAS_BIAS"]:
-        total += _view(a[5], dtypes[5], 1, N, N, 1).double()
-    out.copy_(total)
-
-
-def _adapter_grads(compiled: Compiled, a: dict[int, Any]) -> None:
-    dtypes, options, (M, K, N, R) = compiled.dtypes, compiled.options, (a[10], a[11], a[12], a[13])
-    if options["WANT_A"]:
-        x = _view(a[0], dtypes[0], M, K, a[14], 1).double()
-        if options["MASKED"]:
-            x = torch.where(keep_mask(_view(a[8], torch.int64, 1, 1, 1, 1).view(1), M, K, a[9] / 65536), x, 0.0)
-        _view(a[4], dtypes[4], R, K, K, 1).copy_(_view(a[2], dtypes[2], M, R, R, 1).double().T @ x)
-    if options["WANT_B"]:
-        dy = _view(a[1], dtypes[1], M, N, a[15], 1).double()
-        _view(a[5], dtypes[5], N, R, R, 1).copy_(dy.T @ _view(a[3], dtypes[3], M, R, R, 1).double())

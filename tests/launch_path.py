@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ class LaunchPath:
 @pytest.fixture
 def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath]:
     from lora_kernels.backends import sync
-    from lora_kernels.backends.triton import direct, launch
+    from lora_kernels.backends.triton import direct, gated, group, group_launch, launch, nf4_launch
     from lora_kernels.backends.triton.tiles import Chip
 
     driver, asked = FakeDriver(), []
@@ -74,18 +74,31 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(direct, "_driver", lambda: driver)
-    for name, value in {
-        "one_pass_kernel": driver.one_pass,
-        "adapter_grads_kernel": driver.adapter_grads,
-        "_launches": {},
-        "_direct_kernels": {},
-        "_stream": lambda device: PYTHON,
-        "chip_of": lambda device: Chip((9, 0), 132, 232448, True),
-    }.items():
-        monkeypatch.setattr(launch, name, value)
+    chip = Chip((9, 0), 132, 232448, True)
+    for module, name, value in (
+        (launch, "one_pass_kernel", driver.one_pass),
+        (launch, "adapter_grads_kernel", driver.adapter_grads),
+        (launch, "_launches", {}),
+        (launch, "_direct_kernels", {}),
+        (launch, "_stream", lambda device: PYTHON),
+        (launch, "chip_of", lambda device: chip),
+        (group_launch, "group_forward_kernel", driver.group_forward),
+        (group_launch, "group_input_kernel", driver.group_input),
+        (group_launch, "group_grads_kernel", driver.group_grads),
+        (group_launch, "_launches", {}),
+        (group_launch, "chip_of", lambda device: chip),
+        (gated, "gated_forward_kernel", driver.gated_forward),
+        (gated, "gated_backward_kernel", driver.gated_backward),
+        (gated, "_launches", {}),
+        (group, "chip_of", lambda device: chip),
+        (nf4_launch, "dequantize_kernel", driver.dequantize),
+        (nf4_launch, "_decodings", {}),
+        (nf4_launch, "chip_of", lambda device: chip),
+    ):
+        monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(sync, "zeros_for", zeros_for)
     monkeypatch.setattr(native, "enabled", True)
-    for name in ("linear", "_device_type"):
+    for name in ("linear", "group", "gated", "_device_type"):
         monkeypatch.setattr(native, name, getattr(native, name))
     monkeypatch.setattr(native, "_extension", lambda: extension)
     # With the interpreter's name set, Triton takes CPU tensors: nobody else should find that choice.
@@ -118,13 +131,19 @@ def run(tensors: dict[str, Any], dy: Tensor | None = None, **options: Any) -> li
     return [y.detach(), *(leaves[name].grad if isinstance(leaves[name], Tensor) else None for name in LEAVES)]
 
 
-def in_python(tensors: dict[str, Any], **options: Any) -> list[Tensor | None]:
+@contextmanager
+def only_python() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "enabled", False)
+        yield
+
+
+def in_python(tensors: dict[str, Any], **options: Any) -> list[Tensor | None]:
+    with only_python():
         return run(tensors, **options)
 
 
-def assert_same(got: list[Tensor | None], want: list[Tensor | None]) -> None:
+def assert_same(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> None:
     for value, reference in zip(got, want, strict=True):
         if reference is None:
             assert value is None

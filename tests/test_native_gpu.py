@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,23 @@ import torch
 from cases import Case, backends_of, grid
 from graphs import captured
 from launch_path import assert_same, bf16
+from native_calls import (
+    Layers,
+    assert_llama_learned,
+    checkpointed_step,
+    dy_of,
+    gated,
+    group,
+    leaf,
+    native_ys,
+    step,
+    step_in_python,
+)
 from test_autograd import LEAVES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LoRALinear, lora_linear, native
+from lora_kernels import LoRALinear, NF4Weight, lora_linear, native
 from lora_kernels.backends import native_build
 
 pytest_plugins = ("launch_path",)
@@ -27,7 +40,8 @@ pytestmark = pytest.mark.gpu
 def on_gpu(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The launch path as users get it, over Triton's own kernels."""
     monkeypatch.setattr(native, "enabled", True)
-    monkeypatch.setattr(native, "linear", None)
+    for name in ("linear", "group", "gated"):
+        monkeypatch.setattr(native, name, None)
     monkeypatch.setattr(native, "_device_type", "cuda")
     monkeypatch.setattr(native_build, "load", lambda: extension)
     native._extension.cache_clear()
@@ -159,6 +173,91 @@ def test_checkpointing_on_a_gpu(reentrant: bool, on_gpu: None) -> None:
         x.grad = layer.lora_A.grad = layer.lora_B.grad = None
     for result in results[1:]:
         assert_same(result, results[0])
+
+
+GROUPS: dict[str, Callable[..., Layers]] = {
+    "three": lambda **options: group((2, 150), (1024, 16), (256, 16), (256, 40), columns=1024, **options),
+    "odd": lambda **options: group((63,), (17, 3), (63, 17), columns=63, **options),
+    "silu": lambda **options: gated((2, 150), "silu", hidden=1024, columns=512, **options),
+    "gelu_tanh": lambda **options: gated((63,), "gelu_tanh", hidden=63, columns=500, **options),
+}
+# Of the layers, the dtype of the adapters, and dropout.
+VARIANTS: list[tuple[dict[str, Any], torch.dtype, float]] = [
+    ({}, bf16, 0.0),
+    ({"dtype": torch.float16, "bias": True}, torch.float16, 0.0),
+    ({}, bf16, 0.3),
+    ({}, torch.float32, 0.3),
+]
+
+
+@pytest.mark.parametrize(("options", "adapters", "dropout"), VARIANTS, ids=str)
+@pytest.mark.parametrize("kind", GROUPS)
+def test_the_same_bits_of_a_group(
+    kind: str, options: dict[str, Any], adapters: torch.dtype, dropout: float, on_gpu: None
+) -> None:
+    layers = GROUPS[kind](**options).on("cuda")
+    layers = layers.adapters(lambda t: leaf(t, lambda t: t.to(adapters)), "lora_A", "lora_B")
+    want = step_in_python(layers, dropout_p=dropout)
+    for _ in range(4):
+        assert_same(step(layers, dropout_p=dropout), want)
+    native_ys(layers, dropout_p=dropout)
+
+
+@pytest.mark.parametrize("kind", ["three", "silu"])
+def test_the_same_bits_of_nf4_weights(kind: str, on_gpu: None) -> None:
+    layers = GROUPS[kind]().on("cuda").adapters(NF4Weight.quantize, "weight")  # type: ignore[arg-type]
+    want = step_in_python(layers, dropout_p=0.3)
+    for _ in range(4):
+        assert_same(step(layers, dropout_p=0.3), want)
+    native_ys(layers, dropout_p=0.3)
+    # At few rows they are decoded inside of products, which Python launches.
+    few = replace(layers, x=leaf(layers.x, lambda t: t.reshape(-1, t.shape[-1])[:5]))
+    want = step_in_python(few)
+    for _ in range(4):
+        assert_same(step(few), want)
+    assert hasattr(few()[0].grad_fn, "plan")
+
+
+@pytest.mark.parametrize("kind", ["three", "silu"])
+def test_a_captured_group_replays(kind: str, on_gpu: None) -> None:
+    layers = GROUPS[kind]().on("cuda")
+    dys = [dy_of(y) for y in native_ys(layers)]
+
+    def gradients() -> list[Tensor]:
+        ys = layers()
+        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, layers.leaves(), dys)]
+
+    graph, results = captured(gradients)
+    for seed in range(3):
+        with torch.no_grad():
+            layers.x.copy_(torch.randn(layers.x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert_same(results, gradients())
+
+
+@pytest.mark.parametrize("kind", ["three", "silu"])
+def test_each_replay_of_a_group_draws_new_masks(kind: str, on_gpu: None) -> None:
+    layers = GROUPS[kind]().on("cuda")
+    native_ys(layers, dropout_p=0.5)
+    graph, ys = captured(partial(layers, dropout_p=0.5))
+    outputs = []
+    for _ in range(2):
+        graph.replay()
+        outputs.append([y.detach().clone() for y in ys])
+    assert not any(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["three", "silu"])
+def test_checkpointed_groups_on_a_gpu(kind: str, reentrant: bool, on_gpu: None) -> None:
+    layers = GROUPS[kind]().on("cuda")
+    want = step_in_python(layers, dropout_p=0.3)
+    for _ in range(6):
+        assert_same(checkpointed_step(layers, reentrant), want)
+
+
+def test_a_decoder_layer_of_peft_s_on_a_gpu(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_llama_learned("cuda", monkeypatch)
 
 
 def test_threads_on_a_gpu(on_gpu: None) -> None:

@@ -137,7 +137,8 @@ inline bool read_layer(PyObject* weight_, PyObject* lora_A_, PyObject* lora_B_, 
   }
   if (lora_A.dim() != 2 || lora_B.dim() != 2) return false;
   layer.N = weight.rows, layer.R = lora_A.size(0);
-  if (weight.columns != K || lora_A.size(1) != K || lora_B.size(0) != layer.N || lora_B.size(1) != layer.R) return false;
+  if (weight.columns != K || lora_A.size(1) != K) return false;
+  if (lora_B.size(0) != layer.N || lora_B.size(1) != layer.R) return false;
   if (!weight.is_nf4() && weight.dense.requires_grad() && c10::GradMode::is_enabled()) return false;
 
   const at::ScalarType adapters = lora_A.scalar_type();
@@ -188,13 +189,12 @@ inline bool fits_group(const Call& call) {
     }
   }
   if (!c10::GradMode::is_enabled()) return true;
-  const auto of_none = [](const Layer& layer) { return !layer.lora_A->requires_grad() && !layer.lora_B->requires_grad(); };
-  const auto of_both = [](const Layer& layer) { return layer.lora_A->requires_grad() && layer.lora_B->requires_grad(); };
   bool none = !call.x->requires_grad(), all = call.x->requires_grad();
   for (size_t i = 0; i < call.count; ++i) {
     const Layer& layer = call.layers[i];
     if (layer.bias != nullptr && layer.bias->requires_grad()) return false;
-    none = none && of_none(layer), all = all && of_both(layer);
+    const bool needs_A = layer.lora_A->requires_grad(), needs_B = layer.lora_B->requires_grad();
+    none = none && !needs_A && !needs_B, all = all && needs_A && needs_B;
   }
   return none || all;
 }

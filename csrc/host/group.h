@@ -76,7 +76,8 @@ inline void launch_group_input(Launching& launching, const Tensor& dx, const OfM
 
 // dA_i = T_i^T mask_i(x) and dB_i = dy_i^T S_i: its backward_adapters.
 inline void launch_group_grads(Launching& launching, const Tensor& x, const OfMembers& dys, const OfMembers& ts,
-                               const OfMembers& ss, const OfMembers& dAs, const OfMembers& dBs, const OfMembers& seeds) {
+                               const OfMembers& ss, const OfMembers& dAs, const OfMembers& dBs,
+                               const OfMembers& seeds) {
   Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, x, at::kFloat);
   Tensor kept;
@@ -138,8 +139,8 @@ class LoRAGroupBackward : public LoRANode {
     const int64_t M = x.numel() / K;
     const auto x_stride = row_stride(x, M, K);
     if (!x_stride) return false;
-    key.add(static_cast<uint8_t>(device.index()) | static_cast<int64_t>(count) << 8 | static_cast<int64_t>(dtype) << 16 |
-            static_cast<int64_t>(adapter_dtype) << 24 | static_cast<int64_t>(precision) << 32 | misaligned(x) << 40 |
+    key.add(static_cast<uint8_t>(device.index()) | static_cast<int64_t>(count) << 8 |
+            static_cast<int64_t>(dtype) << 16 | static_cast<int64_t>(adapter_dtype) << 24 | static_cast<int64_t>(precision) << 32 | misaligned(x) << 40 |
             static_cast<int64_t>(kind) << 56);
     for (const int64_t word : {M, K, *x_stride}) key.add(word);
     key.add(p);
@@ -170,7 +171,8 @@ class LoRAGroupBackward : public LoRANode {
     return true;
   }
 
-  variable_list run(const BackwardPlan& plan, const std::array<Rows, kMostLayers>& rows, const variable_list& saved) const {
+  variable_list run(const BackwardPlan& plan, const std::array<Rows, kMostLayers>& rows,
+                    const variable_list& saved) const {
     const c10::OptionalDeviceGuard guard(device);
     Launching launching(plan.launches, current_stream(device));
     const Tensor& x = saved[place_of_x()];

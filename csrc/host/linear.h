@@ -20,7 +20,8 @@ inline void launch_one_pass(Launching& launching, const Tensor& left, const Tens
   Tensor kept;
   const void* const tensors[] = {address(left), address(weight), address(out), address(down), address(up),
                                  address(bias), address(s), address(workspace),
-                                 zeros().of(left.device(), launching.stream, launch.counters, kept), address(seed), nullptr};
+                                 zeros().of(left.device(), launching.stream, launch.counters, kept), address(seed),
+                                 nullptr};
   const float number = static_cast<float>(scale);
   launch(tensors, &number, launching.stream);
 }
@@ -96,7 +97,8 @@ class LoRALinearBackward : public LoRANode {
       return false;
     }
     if (needs.lora_B && (!is_matrix(saved.s, M, R, narrow_type()) || !saved.s.is_contiguous())) return false;
-    const int64_t alignment = misaligned(dy.tensor) | misaligned(saved.x) << 1 | misaligned(saved.lora_A) << 3 | misaligned(saved.lora_B) << 4 | misaligned(saved.s) << 5;
+    const int64_t alignment = misaligned(dy.tensor) | misaligned(saved.x) << 1 | misaligned(saved.lora_A) << 2 |
+                              misaligned(saved.lora_B) << 3 | misaligned(saved.s) << 4;
     key.add(static_cast<uint8_t>(device.index()) | needs.bits() << 8 | static_cast<int64_t>(dtype) << 16 |
             static_cast<int64_t>(adapter_dtype) << 24 | static_cast<int64_t>(precision) << 32 | alignment << 40 |
             static_cast<int64_t>(Kind::kLinear) << 56);

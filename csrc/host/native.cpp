@@ -115,7 +115,8 @@ PyObject* linear(const Call& call, const Plan& plan, const Scales& scales) {
     y = fresh_y(in.x, layer.N, call.dtype), s = fresh_s(call, layer, in.x);
     Launching launching(plan->launches, outside.stream);
     const Tensor weight = dense_of(layer.weight, launching, in.x, call.dtype);
-    launch_one_pass(launching, in.x, weight, y, *layer.lora_A, *layer.lora_B, bias_of(layer), s, in.seeds[0], scales[0]);
+    launch_one_pass(launching, in.x, weight, y, *layer.lora_A, *layer.lora_B, bias_of(layer), s, in.seeds[0],
+                    scales[0]);
   }
   if (node != nullptr) {
     if (needs.lora_B) node->keep(std::move(s));
@@ -249,8 +250,8 @@ PyObject* learn(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (read(arguments, call)) {
     const pybind11::handle launches(arguments[arity]), inverse_keep(arguments[arity + 1]);
     auto made = launches.is_none() ? Launches() : pybind11::cast<Launches>(launches);
-    forward_plans().remember(call.key, std::make_shared<ForwardPlan>(
-                                           std::move(made), pybind11::cast<double>(inverse_keep), arguments[arity + 2]));
+    const double keep = pybind11::cast<double>(inverse_keep);
+    forward_plans().remember(call.key, std::make_shared<ForwardPlan>(std::move(made), keep, arguments[arity + 2]));
   }
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS

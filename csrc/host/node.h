@@ -169,9 +169,9 @@ class LoRANode : public Node {
  private:
   // As autograd.py's `once`: an error where gradients are differentiated, of whatever they come from.
   static void forbid_second_derivative(variable_list& results, const variable_list& dys, const variable_list& saved) {
-    if (!torch::autograd::any_variable_requires_grad(dys) && !torch::autograd::any_variable_requires_grad(saved)) return;
     variable_list sources = dys;
     sources.insert(sources.end(), saved.begin(), saved.end());
+    if (!torch::autograd::any_variable_requires_grad(sources)) return;
     const auto error = make_node<torch::autograd::Error>(callbacks.twice, torch::autograd::collect_next_edges(sources));
     for (Tensor& result : results) {
       if (result.defined()) torch::autograd::set_history(result, NodePtr(error));

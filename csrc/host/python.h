@@ -20,8 +20,9 @@ namespace lora_kernels::host {
 
 // Set once, before the first call, and never given back: threads may outlive the interpreter's last words.
 struct Callbacks {
-  // backward(constants, needs, saved..., dy, scale, learn) -> dx, dA, dB, db, launches; group_backward(constants, shared,
-  // layers, dys, scales, learn) -> dx, dA and dB of each layer, launches; sync.zeros_for.
+  // backward(constants, needs, saved..., dy, scale, learn) -> dx, dA, dB, db, launches;
+  // group_backward(constants, shared, layers, dys, scales, learn) -> dx, dA and dB of each layer, launches;
+  // sync.zeros_for.
   PyObject *backward = nullptr, *group_backward = nullptr, *zeros_for = nullptr;
   // Where Triton keeps the hooks that want to be told of launches; None where it has no such place.
   PyObject *hooked = nullptr, *hook_name = nullptr, *calls_name = nullptr;

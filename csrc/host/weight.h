@@ -42,7 +42,8 @@ struct Weight {
 
   void describe(Key& key) const {
     key.add(block_size << 8 | static_cast<int64_t>(parts[2].defined()) << 7 | misaligned(dense) |
-            misaligned(parts[1]) << 1 | misaligned(parts[2]) << 2 | misaligned(parts[3]) << 3 | misaligned(parts[4]) << 4);
+            misaligned(parts[1]) << 1 | misaligned(parts[2]) << 2 | misaligned(parts[3]) << 3 |
+            misaligned(parts[4]) << 4);
     if (!is_nf4()) key.add_strides(dense);
   }
 

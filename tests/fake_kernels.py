@@ -1,0 +1,165 @@
+"""What the kernels of the launch path compute, in plain PyTorch, from the addresses and numbers of a launch.
+
+Arguments are counted as the signatures of the Triton kernels count them, options are their constexprs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels import NF4Weight
+from lora_kernels.dropout import keep_mask
+
+Dtypes, Options, Arguments = dict[int, torch.dtype], dict[str, Any], dict[int, Any]
+
+
+def _view(address: int, dtype: torch.dtype, rows: int, columns: int, row_stride: int, column_stride: int) -> Tensor:
+    count = 1 + (rows - 1) * row_stride + (columns - 1) * column_stride
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided((rows, columns), (row_stride, column_stride))
+
+
+class _Matrices:
+    """The arguments that are matrices with contiguous rows."""
+
+    def __init__(self, dtypes: Dtypes, a: Arguments) -> None:
+        self._dtypes, self._arguments = dtypes, a
+
+    def __call__(self, index: int, rows: int, columns: int, stride: int | None = None) -> Tensor:
+        """One of them, behind a pointer or a tensor map; without a stride it is contiguous."""
+        address, dtype, stride = self._arguments[index], self._dtypes[index], columns if stride is None else stride
+        if isinstance(address, tuple):
+            address, *described = address
+            assert described == [rows, columns, stride * dtype.itemsize]
+        return _view(address, dtype, rows, columns, stride, 1)
+
+    def masked(self, t: Tensor, seed: int, threshold: int, masked: bool) -> Tensor:
+        """`t` in float64, without what the mask of a seed drops."""
+        if not masked:
+            return t.double()
+        keep = keep_mask(self(seed, 1, 1).view(1), t.shape[0], t.shape[1], threshold / 65536)
+        return torch.where(keep, t.double(), 0.0)
+
+    def scale(self, tensor: int, number: int) -> float:
+        """What is known of a scale on the device, times what is known on the host."""
+        given = self._arguments[tensor]
+        return self._arguments[number] * (1.0 if given is None else float(self(tensor, 1, 1)))
+
+
+def _one_pass(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    M, N, K, R = a[14], a[15], a[16], a[17]
+    matrix, transposed = _Matrices(dtypes, a), options["W_IS_NK"]
+    left, out = matrix(0, M, K, a[21]), matrix(2, M, N, a[23])
+    stored = matrix(1, *((N, K) if transposed else (K, N)), a[22])
+    down, up = _view(a[3], dtypes[3], K, R, a[24], a[25]), _view(a[4], dtypes[4], R, N, a[26], a[27])
+    s = matrix(6, M, R, a[28])
+    assert int(matrix(8, 1, 1)) == 0
+    s.copy_(matrix.masked(left, 9, a[12], options["MASK_X"]) @ down.double() * matrix.scale(10, 11))
+    branch = matrix.masked(s.double() @ up.double(), 9, a[12], options["MASK_OUT"])
+    total = left.double() @ (stored.T if transposed else stored).double() + branch
+    if options["HAS_BIAS"]:
+        total += matrix(5, 1, N).double()
+    out.copy_(total)
+
+
+def _adapter_grads(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    M, K, N, R = a[10], a[11], a[12], a[13]
+    matrix = _Matrices(dtypes, a)
+    if options["WANT_A"]:
+        x = matrix.masked(matrix(0, M, K, a[14]), 8, a[9], options["MASKED"])
+        matrix(4, R, K).copy_(matrix(2, M, R).double().T @ x)
+    if options["WANT_B"]:
+        matrix(5, N, R).copy_(matrix(1, M, N, a[15]).double().T @ matrix(3, M, R).double())
+
+
+def _group_forward(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    M, K, matrix = a[32], a[33], _Matrices(dtypes, a)
+    assert int(matrix(26, 1, 1)) == 0
+    x = matrix(0, M, K, a[43])
+    for i in range(options["MEMBERS"]):
+        N, R = a[34 + i], a[37 + i]
+        stored = matrix(1 + 2 * i, *((N, K) if options["W_IS_NK"] else (K, N)), a[44 + i])
+        s = matrix(16 + i, M, R)
+        masked = matrix.masked(x, 19 + i, a[30], options["MASK_X"])
+        s.copy_(masked @ matrix(7 + i, R, K).double().T * matrix.scale(22 + i, 27 + i))
+        total = x.double() @ (stored.T if options["W_IS_NK"] else stored).double()
+        total += s.double() @ matrix(10 + i, N, R).double().T
+        if options["HAS_BIAS"]:
+            total += matrix(13 + i, 1, N).double()
+        matrix(2 + 2 * i, M, N).copy_(total)
+
+
+def _group_input(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    M, K, matrix = a[29], a[30], _Matrices(dtypes, a)
+    assert int(matrix(23, 1, 1)) == 0
+    dx = torch.zeros(M, K, dtype=torch.float64)
+    for i in range(options["MEMBERS"]):
+        N, R = a[31 + i], a[34 + i]
+        dy = matrix(1 + 2 * i, M, N, a[42 + i]).double()
+        stored = matrix(2 + 2 * i, *((K, N) if options["W_IS_NK"] else (N, K)), a[45 + i])
+        t = matrix(13 + i, M, R)
+        t.copy_(dy @ matrix(7 + i, N, R).double() * matrix.scale(19 + i, 24 + i))
+        dx += dy @ (stored.T if options["W_IS_NK"] else stored).double()
+        dx += matrix.masked(t.double() @ matrix(10 + i, R, K).double(), 16 + i, a[27], options["MASKED"])
+    matrix(0, M, K).copy_(dx)
+
+
+def _group_grads(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    M, K, matrix = a[22], a[23], _Matrices(dtypes, a)
+    assert int(matrix(20, 1, 1)) == 0
+    for i in range(options["A_COUNT"]):
+        x = matrix.masked(matrix(0, M, K, a[33]), 16 + i, a[21], options["MASKED"])
+        matrix(10 + i, a[27 + i], K).copy_(matrix(4 + i, M, a[27 + i]).double().T @ x)
+    for i in range(options["B_COUNT"]):
+        N, R = a[24 + i], a[30 + i]
+        matrix(13 + i, N, R).copy_(matrix(1 + i, M, N, a[34 + i]).double().T @ matrix(7 + i, M, R).double())
+
+
+def _activated(g: Tensor, options: Options) -> Tensor:
+    return F.silu(g) if options["ACTIVATION"] == "silu" else F.gelu(g, approximate="tanh")
+
+
+def _gated_forward(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    g, u, h = (_Matrices(dtypes, a)(index, 1, a[3]) for index in range(3))
+    h.copy_(_activated(g.double(), options) * u.double())
+
+
+def _gated_backward(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    matrix, elements = _Matrices(dtypes, a), a[5]
+    (dh, du), (g, u) = (matrix(i, 1, elements) for i in (0, 3)), (matrix(i, 1, elements).double() for i in (1, 2))
+    activated, past_u = _activated(g, options), dh.double() * u
+    du.copy_(dh.double() * activated)
+    if options["ACTIVATION"] == "silu":
+        dh.copy_(torch.ops.aten.silu_backward(past_u, g))
+    else:
+        dh.copy_(torch.ops.aten.gelu_backward(past_u, g, approximate="tanh"))
+    if a[4] is not None:
+        matrix(4, 1, elements).copy_(activated * u)
+
+
+def _dequantize(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    matrix, elements, block_size = _Matrices(dtypes, a), a[6], options["BLOCK_SIZE"]
+    blocks, nested = -(-elements // block_size), (None, None, None)
+    if a[2] is not None:
+        nested = (matrix(2, 1, -(-blocks // 256))[0], matrix(3, 1, 256)[0], matrix(4, 1, 1)[0])  # type: ignore[assignment]
+    packed, absmax = _view(a[0], torch.uint8, 1, a[7], a[7], 1)[0], matrix(1, 1, blocks)[0]
+    weight = NF4Weight(packed, absmax, *nested, block_size, torch.Size((1, elements)), dtypes[5])
+    matrix(5, 1, elements).copy_(weight.dequantize())
+
+
+KERNELS: dict[str, Callable[[Dtypes, Options, Arguments], None]] = {
+    "one_pass": _one_pass,
+    "adapter_grads": _adapter_grads,
+    "group_forward": _group_forward,
+    "group_input": _group_input,
+    "group_grads": _group_grads,
+    "gated_forward": _gated_forward,
+    "gated_backward": _gated_backward,
+    "dequantize": _dequantize,
+}
