@@ -16,9 +16,20 @@ BackendName = Literal["auto", "triton", "cuda", "eager"]
 PREFERENCE: tuple[BackendName, ...] = ("triton", "cuda", "eager")
 
 _NAMES: tuple[BackendName, ...] = get_args(BackendName)
-# Each thread has its own. Not a ContextVar, which torch.compile cannot read: this it reads, and compiles
-# again when the name is another.
-_requested = threading.local()
+
+
+class _Requested(threading.local):
+    """The name that the enclosing use_backend gave, of each thread.
+
+    Not a ContextVar, which torch.compile cannot read: this it reads, and compiles again when the name is another.
+    """
+
+    def __init__(self) -> None:
+        # From the first look on: that it is there at all would be a change, too.
+        self.name: BackendName = "auto"
+
+
+_requested = _Requested()
 
 
 class BackendRefused(RuntimeError):
@@ -81,7 +92,7 @@ def _checked_name(name: str) -> BackendName:
 
 def requested(backend: str | None) -> BackendName:
     """The backend that a call asks for: its own argument, else the enclosing use_backend."""
-    return getattr(_requested, "name", "auto") if backend is None else _checked_name(backend)
+    return _requested.name if backend is None else _checked_name(backend)
 
 
 @cache

@@ -80,7 +80,8 @@ class NF4Weight:
             raise ValueError(
                 "w had values so large that the mean of its scales overflows, for which double_quant must be False"
             )
-        nested_map = codec.nested_map(w.device)
+        # A copy of its own: what somebody writes into it changes no other weight.
+        nested_map = codec.nested_map(w.device).clone()
         return cls(packed, codes, nested_absmax, nested_map, offset, block_size, w.shape, w.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

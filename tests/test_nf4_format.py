@@ -347,3 +347,14 @@ def test_packed_bytes_in_a_floating_point_tensor(storage: torch.dtype, device: t
     again = NF4Weight.from_state_dict(state)
     assert again.packed.data_ptr() == weight.packed.data_ptr(), "the storage is shared"
     assert same_bits(again.dequantize(), weight.dequantize())
+
+
+def test_no_two_weights_share_a_map() -> None:
+    """What is written into the scales' map of one weight is not what all others of the process are made with."""
+    first, second = (NF4Weight.quantize(torch.randn(4, 64)) for _ in range(2))
+    assert first.nested_map is not None
+    assert second.nested_map is not None
+    kept = second.nested_map.clone()
+    first.nested_map.zero_()
+    assert torch.equal(second.nested_map, kept)
+    assert torch.equal(codec.nested_map(torch.device("cpu")), kept)

@@ -12,9 +12,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# Each thread has its own: autograd's threads compute again what was checkpointed.
-_open = threading.local()
-
 
 class Scope:
     """The layers that share an input, and the outputs that their siblings have yet to take.
@@ -60,10 +57,21 @@ class Scope:
         self._layers, self._x, self._outputs = (), None, {}
 
 
+class _Open(threading.local):
+    """The scope that is open, of each thread: autograd's threads compute again what was checkpointed."""
+
+    def __init__(self) -> None:
+        # From the first look on: a graph that was traced without it is compiled again when it is there.
+        self.scope: Scope | None = None
+
+
+_open = _Open()
+
+
 @contextmanager
 def scope(opened: Scope) -> Iterator[None]:
     """Layers that are called inside the `with` block look into this scope first."""
-    before = getattr(_open, "scope", None)
+    before = _open.scope
     _open.scope = opened
     try:
         yield
@@ -73,7 +81,7 @@ def scope(opened: Scope) -> Iterator[None]:
 
 def taken(layer: nn.Module, x: Tensor) -> Tensor | None:
     """The output that a sibling's call has computed already, or computes now; None where there is none to be had."""
-    opened: Scope | None = getattr(_open, "scope", None)
+    opened = _open.scope
     # What a graph computed belongs to that graph, and what was computed outside of it is no constant inside.
     if opened is None or opened.traced != torch.compiler.is_compiling():
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import peft
 import pytest
 import torch
 from group_models import Calls, adapted, blocks, decoder, grouped
-from peft_models import assert_same, gradients, randomize_adapters
+from peft_models import assert_same, gradients, output, randomize_adapters, stock_and_fused
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -252,3 +253,27 @@ def test_compiled_model(device: str) -> None:
 
 
 Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def test_a_thread_s_first_scope_is_no_reason_to_compile_again() -> None:
+    """What a thread had not opened before was not there to be guarded, and was there when the graph ran again."""
+    torch.compiler.reset()
+    _, model = stock_and_fused()
+    compiled = torch.compile(model, backend="eager")
+    outputs: list[Tensor | BaseException] = []
+
+    def twice() -> None:
+        try:
+            for _ in range(2):
+                with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+                    outputs.append(output(compiled, "llama", "cpu"))
+        except RuntimeError as error:
+            outputs.append(error)
+
+    thread = threading.Thread(target=twice)
+    thread.start()
+    thread.join()
+    first, second = outputs
+    assert isinstance(first, Tensor)
+    assert isinstance(second, Tensor), second
+    assert torch.equal(first, second)
