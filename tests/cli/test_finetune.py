@@ -78,7 +78,8 @@ def test_it_learns_and_stock_peft_serves_the_adapter(
     assert len(losses) == 30
     assert run["loss_after"] < 0.8 * run["loss_before"]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    assert run["steps"][0]["tokens"] == 4 * SEQ
+    # More than an epoch, and no batch of another size.
+    assert [step["tokens"] for step in run["steps"]] == [4 * SEQ] * 30
     assert run["tokens_per_second"] > 0
     assert run["peak_memory_bytes"] > 0
     assert set(run["layers"].values()) == {None}
@@ -142,6 +143,22 @@ def test_the_same_seed_gives_the_same_run(model_dir: Path, text: Path, tmp_path:
         losses.append([step["loss"] for step in _results(tmp_path / name)["runs"][0]["steps"]])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
+
+
+def test_what_is_measured_runs_on_pefts_own_layers(
+    model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So nothing is compiled for it, and the losses are those of whoever loads the adapter."""
+    from lora_kernels.integrations import peft_layer
+
+    fused: list[bool] = []
+    forward = peft_layer.Linear.forward
+    monkeypatch.setattr(
+        peft_layer.Linear, "forward", lambda self, *x: (fused.append(self.training), forward(self, *x))[1]
+    )
+    assert main(_options(model_dir, text, tmp_path, "--steps", 2)) == 0
+    assert fused
+    assert all(fused)
 
 
 def test_epochs_and_chats_and_chosen_targets(model_dir: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from lora_kernels import revert_lora_kernels
 from lora_kernels.cli.finetune.data import Corpus
 from lora_kernels.cli.finetune.memory import peak_bytes, reset_peak
 from lora_kernels.cli.finetune.model import ModelSource, load_model, lora_config
@@ -62,14 +63,14 @@ class Run:
 def execute(job: Job, run: Run, *, fuse: Callable[[PeftModel], dict[str, str | None]], save: bool) -> None:
     """Fills in `run`; `fuse` gets the new PEFT model and says which layers run fused.
 
-    Ctrl-C keeps what was trained until then.
+    What is measured before and after is measured on PEFT's own layers, as whoever loads the adapter will have it; and
+    nothing is compiled for it. Ctrl-C keeps what was trained until then.
     """
     options = job.options
     weights_dtype, autocast = precision(job.device)
     base = load_model(job.source, job.config, weights_dtype, options.quantize)
     set_seed(options.seed)
     model = get_peft_model(base, lora_config(options))
-    run.layers = fuse(model)
 
     interrupt = StopOnInterrupt()
     recorder = StepRecorder(run.steps, run.name, job.device)
@@ -84,6 +85,7 @@ def execute(job: Job, run: Run, *, fuse: Callable[[PeftModel], dict[str, str | N
 
     run.loss_before = trainer.evaluate()["eval_loss"]
     run.prompt, run.text_before = _continue_text(model, job)
+    run.layers = fuse(model)
     try:
         with interrupt:
             _train(trainer, run, job.device)
@@ -95,6 +97,8 @@ def execute(job: Job, run: Run, *, fuse: Callable[[PeftModel], dict[str, str | N
         model.save_pretrained(options.out, save_embedding_layers=False)
         run.saved = True
     if not run.interrupted:
+        if run.layers:
+            revert_lora_kernels(model)
         run.loss_after = trainer.evaluate()["eval_loss"]
         _, run.text_after = _continue_text(model, job)
 
@@ -142,9 +146,13 @@ def _training_arguments(job: Job, autocast: dict[str, bool]) -> TrainingArgument
 def _train(trainer: Trainer, run: Run, device: torch.device) -> None:
     reset_peak(device)
     start = time.perf_counter()
+    # A last batch of another size would have kernels compiled for itself. Who asks for epochs gets them whole.
+    batches = len(trainer.train_dataset) // trainer.args.train_batch_size
+    trainer.args.dataloader_drop_last = trainer.args.max_steps > 0 and batches > 0
     try:
         trainer.train()
     finally:
+        trainer.args.dataloader_drop_last = False
         run.planned_steps = trainer.state.max_steps
         run.train_seconds = time.perf_counter() - start
         run.peak_memory_bytes = peak_bytes(device)
