@@ -31,7 +31,7 @@ from lora_kernels.switches import is_on
 from lora_kernels.weights import Weight
 
 if TYPE_CHECKING:
-    from lora_kernels.backends.triton.launch import Launch
+    from lora_kernels.backends.triton.launches import Launch
 
 # 0 leaves every call to Python.
 VARIABLE = "LORA_KERNELS_NATIVE"
@@ -53,9 +53,9 @@ def noting(learn: bool, backend: Backend, x: Tensor) -> AbstractContextManager[l
     """Notes the launches of a call on x, if it is to be learned and can be."""
     if not learn or backend.name != "triton" or x.device.type != _device_type or _extension() is None:
         return nullcontext()
-    from lora_kernels.backends.triton import launch
+    from lora_kernels.backends.triton import launches
 
-    return launch.noting()
+    return launches.noting()
 
 
 def learn_linear(
@@ -195,7 +195,7 @@ def _handed_over(made: list[Launch], names: list[str]) -> list[Any] | None:
 
 
 def _in_cpp(launch: Launch) -> Any:
-    """A launch of launch.py in C++; None if Triton makes it."""
+    """A launch of launches.py in C++; None if Triton makes it."""
     bound, extension = launch.bound, _extension()
     if bound is None or extension is None:
         return None

@@ -62,7 +62,7 @@ class Compiled:
 
 
 class FakeKernel:
-    """A kernel of Triton's as launch.py calls it: kernel[grid](*arguments, **options)."""
+    """A kernel of Triton's as launches.py calls it: kernel[grid](*arguments, **options)."""
 
     def __init__(self, driver: FakeDriver, name: str, unspecialized: tuple[int, ...]) -> None:
         self._driver, self._name, self._unspecialized = driver, name, unspecialized

@@ -63,7 +63,7 @@ class LaunchPath:
 @pytest.fixture
 def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath]:
     from lora_kernels.backends import sync
-    from lora_kernels.backends.triton import direct, gated, group, group_launch, launch, nf4_launch
+    from lora_kernels.backends.triton import direct, gated, group, group_launch, launch, launches, nf4_launch
     from lora_kernels.backends.triton.tiles import Chip
 
     driver, asked = FakeDriver(), []
@@ -79,8 +79,8 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
         (launch, "one_pass_kernel", driver.one_pass),
         (launch, "adapter_grads_kernel", driver.adapter_grads),
         (launch, "_launches", {}),
-        (launch, "_direct_kernels", {}),
-        (launch, "_stream", lambda device: PYTHON),
+        (launches, "_direct_kernels", {}),
+        (launches, "_stream", lambda device: PYTHON),
         (launch, "chip_of", lambda device: chip),
         (group_launch, "group_forward_kernel", driver.group_forward),
         (group_launch, "group_input_kernel", driver.group_input),

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 if HAS_GPU:
     from lora_kernels.backends import sync
-    from lora_kernels.backends.triton import launch
+    from lora_kernels.backends.triton import launch, launches
     from lora_kernels.backends.triton.one_pass import one_pass_kernel
 
 
@@ -150,9 +150,9 @@ def test_a_new_batch_size_compiles_nothing() -> None:
 def test_direct_launches_give_the_bits_of_tritons_own(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(500, 512, 768, 16, torch.bfloat16, dropout=0.1, bias=True)
     forward(case)
-    assert any(k is not None for k in launch._direct_kernels.values()), "no kernel can be launched directly here"
+    assert any(k is not None for k in launches._direct_kernels.values()), "no kernel can be launched directly here"
     direct = forward(case)
-    monkeypatch.setattr(launch, "_has_hooks", lambda: True)
+    monkeypatch.setattr(launches, "_has_hooks", lambda: True)
     for value, want in zip(direct, forward(case), strict=True):
         assert torch.equal(value, want)
 

@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from test_group_kernels import Group, GroupCase, by_autograd, computed
 
-from lora_kernels.backends.triton import group_launch, launch, nf4_launch, single
+from lora_kernels.backends.triton import group_launch, launches, nf4_launch, single
 from lora_kernels.backends.triton.group import GROUP, backward_input, describe, forward
 
 # More rows than any product decodes on the fly for, and few enough for all. With very few, which way gets nearer
@@ -129,18 +129,18 @@ def test_both_ways_may_be_forced(device: torch.device) -> None:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def kernels_launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are launched."""
     names: list[str] = []
-    launch_kernel = launch.launch_kernel
+    launch_kernel = launches.launch_kernel
 
     def recording(kernel: Any, kind: tuple[Any, ...], *rest: Any) -> Any:
         names.append(kind[0])
         return launch_kernel(kernel, kind, *rest)
 
-    monkeypatch.setattr(launch, "launch_kernel", recording)
+    monkeypatch.setattr(launches, "launch_kernel", recording)
     # With hooks, no launch goes around it.
-    monkeypatch.setattr(launch, "_has_hooks", lambda: True)
+    monkeypatch.setattr(launches, "_has_hooks", lambda: True)
     return names
 
 
@@ -154,20 +154,20 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize(("which", "rows"), LAUNCHES)
-def test_which_kernels_run(which: str, rows: int, device: torch.device, launches: list[str]) -> None:
+def test_which_kernels_run(which: str, rows: int, device: torch.device, kernels_launched: list[str]) -> None:
     layers = tuple(Layer(N, 8, nf4=mark == "4") for N, mark in zip((40, 72), which, strict=True))
     case = LayersCase(rows, 64, layers, torch.float16, dropout=0.3)
     x, members = case.x(device).requires_grad_(), case.members(device)
     ys = lora_linear_group(x, members, backend="triton")
     expected_forward, expected_backward = LAUNCHES[which, rows]
-    assert launches == expected_forward
-    launches.clear()
+    assert kernels_launched == expected_forward
+    kernels_launched.clear()
     torch.autograd.grad(ys, [x, *leaves(members).values()], [torch.ones_like(y) for y in ys])
-    assert launches == [*expected_backward, "group_grads"]
-    launches.clear()
+    assert kernels_launched == [*expected_backward, "group_grads"]
+    kernels_launched.clear()
     with torch.no_grad():
         lora_linear_group(x, members, backend="triton")
-    assert launches == expected_forward
+    assert kernels_launched == expected_forward
 
 
 SMALL = (Layer(40, 3, bias=True, nf4=True), Layer(17, 4, nf4=True))

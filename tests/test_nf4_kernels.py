@@ -18,7 +18,7 @@ from lora_kernels.nf4 import NF4Weight
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from lora_kernels.backends.triton import launch, nf4_launch
+from lora_kernels.backends.triton import launches, nf4_launch
 from lora_kernels.backends.triton.nf4_tiles import (
     NF4Tiles,
     fly_table,
@@ -368,9 +368,9 @@ def test_direct_launches_give_the_bits_of_tritons_own(device: torch.device, monk
         )
 
     step()
-    names = {kind[0] for kind, direct in launch._direct_kernels.items() if direct is not None}
+    names = {kind[0] for kind, direct in launches._direct_kernels.items() if direct is not None}
     assert {"nf4_product", "dequantize"} <= names
     direct = step()
-    monkeypatch.setattr(launch, "_has_hooks", lambda: True)
+    monkeypatch.setattr(launches, "_has_hooks", lambda: True)
     for value, want in zip(direct, step(), strict=True):
         assert torch.equal(value, want)

@@ -70,7 +70,7 @@ inline at::Tensor unwrapped(const pybind11::handle& object) {
   return object.is_none() ? at::Tensor() : THPVariable_Unpack(object.ptr());
 }
 
-// Whether a profiler asked Triton to be told of launches, in the way of launch.py's _has_hooks. Needs the GIL.
+// Whether a profiler asked Triton to be told of launches, in the way of launches.py's _has_hooks. Needs the GIL.
 inline bool has_hooks() {
   if (callbacks.hooked == Py_None) return false;
   const auto hook = checked(PyObject_GetAttr(callbacks.hooked, callbacks.hook_name));

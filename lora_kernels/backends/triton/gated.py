@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends import Activation, GatedBackend
-from lora_kernels.backends.triton.launch import Launch, alignment, remember
+from lora_kernels.backends.triton.launches import Launch, alignment, remember
 
 _BLOCK = 1024
 

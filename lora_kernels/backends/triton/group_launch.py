@@ -26,15 +26,8 @@ from lora_kernels.backends.triton.group_operands import (
     seeds_of,
     up_block,
 )
-from lora_kernels.backends.triton.launch import (
-    SPIN_LIMIT,
-    TYPES,
-    Launch,
-    alignment,
-    dot_precision,
-    fits_tma,
-    remember,
-)
+from lora_kernels.backends.triton.launch import SPIN_LIMIT, TYPES, dot_precision, fits_tma
+from lora_kernels.backends.triton.launches import Launch, alignment, remember
 from lora_kernels.backends.triton.tiles import (
     GradTiles,
     OnePassTiles,

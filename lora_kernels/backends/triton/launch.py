@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -16,7 +12,7 @@ from torch import Tensor
 from lora_kernels.backends import Precision, Scale, tf32_allowed
 from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
-from lora_kernels.backends.triton.direct import BoundLaunch, DirectKernel, direct_kernel
+from lora_kernels.backends.triton.launches import Launch, alignment, remember
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.tiles import (
     GradTiles,
@@ -35,7 +31,6 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 SPIN_LIMIT = 300
 # Of x, for which L2 is a cache. An H100's is two halves of 25 MB, each of which has its own copies.
 NUMBERS_THAT_STAY = 12 << 20
-_MOST_PLANS = 4096
 
 
 @dataclass(frozen=True)
@@ -71,61 +66,7 @@ def plan_one_pass(
     return OnePassPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares, M * K <= NUMBERS_THAT_STAY)
 
 
-class Launch:
-    """A launch without its tensors: everything that shapes, strides, dtypes and alignment decide."""
-
-    def __init__(
-        self,
-        kernel: Any,
-        kind: tuple[object, ...],
-        grid: tuple[int, int, int],
-        options: dict[str, Any],
-        blocks: tuple[tuple[int, int], ...] | None,
-        workspace_size: int,
-        counters: int,
-        numbers: tuple[int, ...],
-    ) -> None:
-        self._kernel, self._kind, self._grid, self._options, self._blocks = kernel, kind, grid, options, blocks
-        self.name = str(kind[0])
-        self.workspace_size, self.counters = workspace_size, counters
-        self._numbers = numbers
-        # Known after the first launch; None also where Triton has to launch every time.
-        self.bound: BoundLaunch | None = None
-
-    @property
-    def needs_views(self) -> bool:
-        """Whether Triton will look at the tensors, and not only at where they lie."""
-        return self.bound is None or _has_hooks()
-
-    def __call__(self, device: torch.device, tensors: tuple[Any, ...]) -> None:
-        """Launches with the arguments of the kernel up to its integers."""
-        noted = getattr(_notes, "launches", None)
-        if noted is not None:
-            noted.append(self)
-        if self.bound is not None and not _has_hooks():
-            self.bound(_stream(device), tensors)
-            return
-        arguments = (*tensors, *self._numbers)
-        direct = launch_kernel(self._kernel, self._kind, self._grid, arguments, self._options, self._blocks)
-        if direct is not None and self.bound is None:
-            self.bound = BoundLaunch(direct, self._grid, arguments)
-
-
-@contextmanager
-def noting() -> Iterator[list[Launch]]:
-    """The launches that this thread makes inside the `with` block, in their order."""
-    before = getattr(_notes, "launches", None)
-    made: list[Launch] = []
-    _notes.launches = made
-    try:
-        yield made
-    finally:
-        _notes.launches = before
-
-
-_notes = threading.local()
 _launches: dict[tuple[object, ...], Launch] = {}
-_direct_kernels: dict[tuple[object, ...], DirectKernel | None] = {}
 
 
 def one_pass(
@@ -369,64 +310,6 @@ def _plan_adapter_grads(
     return Launch(adapter_grads_kernel, kind, grid, options, None, workspace_size, blocks * chunks, numbers)
 
 
-def launch_kernel(
-    kernel: Any,
-    kind: tuple[object, ...],
-    grid: tuple[int, int, int],
-    arguments: tuple[Any, ...],
-    options: dict[str, Any],
-    blocks: tuple[tuple[int, int], ...] | None,
-) -> DirectKernel | None:
-    """Through the driver where a launch of this kind has gone through Triton before, which compiles it.
-
-    Args:
-        kind: everything that Triton's specialization of the arguments depends on.
-        blocks: the tiles of the leading arguments that are to be TMA descriptors.
-    Returns:
-        What launches the next of this kind; None where that is Triton.
-    """
-    kind = (*kind, options.get("PRECISION"))
-    direct = _direct_kernels.get(kind)
-    if direct is not None and not _has_hooks():
-        direct(grid, _stream(kind[1]), arguments)  # type: ignore[arg-type]
-        return direct
-    if blocks is not None:
-        described = (_descriptor(t, block) for t, block in zip(arguments, blocks, strict=False))
-        compiled = kernel[grid](*described, *arguments[len(blocks) :], **options)
-    else:
-        compiled = kernel[grid](*arguments, **options)
-    if kind not in _direct_kernels:
-        direct = direct_kernel(compiled)
-        remember(_direct_kernels, kind, direct)
-    return direct
-
-
-def _stream(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(device.index)  # type: ignore[attr-defined,no-any-return]
-
-
-def _has_hooks() -> bool:
-    """Whether a profiler asked Triton to be told of launches."""
-    knobs = getattr(triton, "knobs", None)
-    hook = None if knobs is None else knobs.runtime.launch_enter_hook
-    # Newer releases keep a chain of hooks there, which is false while it is empty.
-    return bool(getattr(hook, "calls", hook))
-
-
-def remember(memory: dict[tuple[object, ...], Any], key: tuple[object, ...], value: Any) -> None:
-    if len(memory) >= _MOST_PLANS:
-        memory.clear()
-    memory[key] = value
-
-
-def alignment(*tensors: Tensor | None) -> int:
-    """Which of the tensors do not start on 16 bytes, as bits: Triton compiles other loads for them."""
-    bits = 0
-    for t in tensors:
-        bits = 2 * bits + (t is not None and t.data_ptr() % 16 != 0)
-    return bits
-
-
 def dot_precision(dtype: torch.dtype) -> str:
     """float32 products take the tensor cores' short mantissa only where the user allowed it to PyTorch as well."""
     if dtype == torch.float32 and not tf32_allowed():
@@ -444,9 +327,3 @@ def fits_tma(t: Tensor) -> bool:
         and stride >= t.shape[1]
         and t.stride(1) == 1
     )
-
-
-def _descriptor(t: Tensor, block: tuple[int, int]) -> object:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))

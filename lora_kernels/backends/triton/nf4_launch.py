@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_kernels.backends import Precision, Scale
 from lora_kernels.backends.sync import zeros_for
-from lora_kernels.backends.triton import launch
+from lora_kernels.backends.triton import launch, launches
 from lora_kernels.backends.triton.nf4 import dequantize_kernel
 from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
 from lora_kernels.backends.triton.nf4_tiles import (
@@ -29,7 +29,7 @@ from lora_kernels.nf4 import NF4Weight
 # Elements that a program of the dequantizing kernel writes.
 DEQUANTIZE_BLOCK = 4096
 
-_decodings: dict[tuple[object, ...], launch.Launch] = {}
+_decodings: dict[tuple[object, ...], launches.Launch] = {}
 
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype, *, block: int = DEQUANTIZE_BLOCK) -> Tensor:
@@ -42,7 +42,7 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, *, block: int = DEQUANTIZE
     words = _words(weight.packed)
     kind = (
         "dequantize", weight.device, dtype, weight.shape, weight.block_size, weight.double_quant, block,
-        words.dtype, launch.alignment(*weight.tensors()),
+        words.dtype, launches.alignment(*weight.tensors()),
     )  # fmt: skip
     found = _decodings.get(kind)
     if found is None:
@@ -53,8 +53,8 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, *, block: int = DEQUANTIZE
             "enable_fp_fusion": False,
         }
         grid, numbers = (triton.cdiv(out.numel(), block), 1, 1), (out.numel(), weight.packed.numel())
-        found = launch.Launch(dequantize_kernel, kind, grid, options, None, 0, 0, numbers)
-        launch.remember(_decodings, kind, found)
+        found = launches.Launch(dequantize_kernel, kind, grid, options, None, 0, 0, numbers)
+        launches.remember(_decodings, kind, found)
     nested = (weight.nested_absmax, weight.nested_map, weight.offset)
     found(weight.device, (words, weight.absmax, *nested, out))
     return out
@@ -170,7 +170,7 @@ def product(
     if plan is None:
         chip = chip_of(device)
         plan = plan_product(chip, tiles or product_tiles(chip, M, forward), parts, M, L, C, R, precision)
-        launch.remember(_plans, key, plan)
+        launches.remember(_plans, key, plan)
     tiles = plan.tiles
     words = _words(weight.packed)
     seed = None if dropout is None else dropout.seed
@@ -225,9 +225,9 @@ def product(
     kind = (
         "nf4_product", device, dtype, precision, forward, N, K, R, weight.block_size, weight.double_quant, tiles, left.stride(0),
         down.stride(), up.stride(), down.dtype, seed is None, None if scale_tensor is None else scale_tensor.dtype,
-        bias is not None and bias.dtype, launch.alignment(left, *weight.tensors(), down, up, bias),
+        bias is not None and bias.dtype, launches.alignment(left, *weight.tensors(), down, up, bias),
     )  # fmt: skip
-    launch.launch_kernel(nf4_product_kernel, kind, (plan.programs, 1, 1), arguments, options, None)
+    launches.launch_kernel(nf4_product_kernel, kind, (plan.programs, 1, 1), arguments, options, None)
     return out, s
 
 
