@@ -10,7 +10,7 @@ ARGS ?=
 .PHONY: test test-gpu lint finetune sanitize peft-suite bench
 
 test: $(VENV)/.done lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --maxschedchunk 1 tests
 
 lint: $(VENV)/.done
 	$(VENV)/bin/ruff check lora_kernels tests bench
@@ -19,7 +19,7 @@ lint: $(VENV)/.done
 # On a machine with a GPU, in an environment that holds its PyTorch: every test, on every backend. Last come those that
 # need the GPU to themselves.
 test-gpu:
-	$(PYTHON) -m pytest -n 8 tests --ignore tests/test_gpu_alone.py --ignore tests/test_targets.py
+	$(PYTHON) -m pytest -n 8 --maxschedchunk 1 tests --ignore tests/test_gpu_alone.py --ignore tests/test_targets.py
 	$(PYTHON) -m pytest tests/test_gpu_alone.py
 
 # compute-sanitizer over a small case of every kernel of a backend: make sanitize BACKENDS=triton. Bad accesses, races in

@@ -18,7 +18,8 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# What compiles longest, and begins first: where several processes share the tests, nobody waits for it at the end.
+# What compiles longest, and begins first: where several processes share the tests, nobody waits for it at the end. The
+# Makefile has the tests handed out one by one; by default one process would be given all of these.
 _FIRST = ("test_targets.py", "test_gpu_kernels.py", "test_gpu_groups.py")
 
 
