@@ -202,18 +202,30 @@ def test_losses_are_held_against_stock_peft_of_the_same_dtypes() -> None:
     }
     text = model_table([replace(model(name, 1e6), losses=values) for name, values in losses.items()], {})
     rows = {line.split()[0]: line.split() for line in text.splitlines()[2:]}
-    assert text.splitlines()[1].split()[-2:] == ["gap", "gradient"]
-    assert {name: row[-2] for name, row in rows.items()} == {
+    assert text.splitlines()[1].endswith("loss gap")
+    assert {name: " ".join(row[9:]) for name, row in rows.items()} == {
         "frozen": "-",
         "peft": "-",
         "peft-float32": "-",
-        "triton": "5.0e-02",
-        "triton-float32": "2.5e-02",
+        "triton": "1.0e-02 to 5.0e-02",
+        "triton-float32": "1.2e-02 to 2.5e-02",
     }
-    assert rows["triton"][5:8] == ["10.100", "->", "5.000"]
-    assert math.isnan(loss_gap((10.0, float("nan"), 5.0), losses["peft"]))
+    assert rows["triton"][5:9] == ["10.100", "->", "5.000", "1.0e-02"]
+    assert all(map(math.isnan, loss_gap((10.0, float("nan"), 5.0), losses["peft"])))
     alone = model_table([model("triton", 1e6)], {})
-    assert alone.splitlines()[-1].endswith("11.500 -> 11.250         -   1.0e-02")
+    assert alone.splitlines()[-1].endswith("11.500 -> 11.250   1.0e-02                   -")
+
+
+def test_losses_are_held_against_float32_where_it_took_part() -> None:
+    losses = {"frozen": (12.0, 12.0), "peft": (10.0, 8.0), "peft-exact": (8.0, 8.0), "triton": (10.0, 6.0)}
+    text = model_table([replace(model(name, 1e6), losses=values) for name, values in losses.items()], {})
+    assert text.splitlines()[1].endswith("from float32")
+    assert [line[-20:].strip() for line in text.splitlines()[2:]] == [
+        "-",
+        "1.2e-01 to 2.5e-01",
+        "-",
+        "2.5e-01 to 2.5e-01",
+    ]
 
 
 def test_who_was_left_out_is_named() -> None:

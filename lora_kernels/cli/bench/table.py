@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+from statistics import median
 
 from lora_kernels.cli.bench.cases import Case
 from lora_kernels.cli.bench.clock import Times
@@ -16,7 +17,7 @@ _MIB, _GIB = 1 << 20, 1 << 30
 _NONE = "-"
 _HEADINGS = ("", "forward", "step", "of roofline", "peak MiB", "must move MiB")
 _WIDTHS = (16, 20, 20, 14, 18, 18)
-_MODEL_WIDTHS = (12, 8, 10, 10, 20, 10, 10)
+_MODEL_WIDTHS = (12, 8, 10, 10, 20, 10, 20, 20)
 
 
 def layer_tables(results: Results) -> str:
@@ -112,18 +113,19 @@ def model_table(measurements: Sequence[ModelMeasurement], left_out: Mapping[str,
     """A line for each provider of each whole model; docs/benchmarks.md says what its columns are."""
     lines: list[str] = []
     for title, group in groupby(measurements, key=_model_title):
-        lines += [title, _model_cells("", "tokens/s", "± %", "of floor", "peak GiB", "loss", "loss gap", "gradient")]
         members = {m.provider: m for m in group}
+        cells = ["tokens/s", "± %", "of floor", "peak GiB", "loss", "gradient", "loss gap"]
+        lines += [title, _model_cells("", *cells, *(["from float32"] if EXACT in members else []))]
         lines += [_model_line(m, members) for m in members.values()]
         lines += [f"  {provider:<18}{_NONE:>12}  {reason}" for provider, reason in left_out.items()]
     return "\n".join(lines)
 
 
-def loss_gap(losses: Sequence[float], stock: Sequence[float]) -> float:
-    """The largest distance of a step's loss from the reference's at that step, relative to it."""
-    gaps = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(losses, stock, strict=False)]
-    # A NaN is the largest of all; to max it is so only where it comes first.
-    return next(filter(math.isnan, gaps), max(gaps))
+def loss_gap(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The median and the largest distance of a step's loss from another's at that step, relative to it."""
+    gaps = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(losses, others, strict=False)]
+    # A NaN has no place in an order, and is worse than any number.
+    return (math.nan, math.nan) if any(map(math.isnan, gaps)) else (median(gaps), max(gaps))
 
 
 def _model_title(m: ModelMeasurement) -> str:
@@ -145,16 +147,18 @@ def _model_line(m: ModelMeasurement, members: Mapping[str, ModelMeasurement]) ->
         _NONE if per_second is None else f"{m.tokens_per_second / per_second:.3f}",
         _NONE if m.peak_bytes is None else f"{m.peak_bytes / _GIB:.2f}",
         f"{m.losses[0]:.3f} -> {m.losses[-1]:.3f}" if m.losses else _NONE,
-        _gap(m, exact if exact is not None and m.provider != FLOOR else stock),
         _NONE if m.gradient_error is None else f"{m.gradient_error:.1e}",
+        _gap(m, stock),
+        *([] if exact is None else [_NONE if m is floor else _gap(m, exact)]),
     )
 
 
-def _gap(m: ModelMeasurement, stock: ModelMeasurement | None) -> str:
-    if stock is None or stock is m or not m.losses or not stock.losses:
+def _gap(m: ModelMeasurement, other: ModelMeasurement | None) -> str:
+    if other is None or other is m or not m.losses or not other.losses:
         return _NONE
-    return f"{loss_gap(m.losses, stock.losses):.1e}"
+    middle, largest = loss_gap(m.losses, other.losses)
+    return f"{middle:.1e} to {largest:.1e}"
 
 
 def _model_cells(name: str, *cells: str) -> str:
-    return f"  {name:<18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, _MODEL_WIDTHS, strict=True))
+    return f"  {name:<18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, _MODEL_WIDTHS, strict=False))
