@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_kernels import native
 from lora_kernels.autograd import LoRALinearFunction, as_input, as_matrix, as_rows, forward
-from lora_kernels.backends import BASE_DTYPES, MAX_RANK, Backend, Precision, Problem, Scale, tf32_allowed
+from lora_kernels.backends import BASE_DTYPES, MAX_RANK, Precision, Problem, Scale, tf32_allowed
 from lora_kernels.deferred import applied
 from lora_kernels.dispatch import BackendName, Choice, choose, requested
 from lora_kernels.dropout import Dropout, inverse_keep
@@ -90,27 +90,13 @@ def lora_linear(
     else:
         x = as_input(x)
         with native.noting(learn, choice.backend, x) as made:
-            y = _compute(x, weight, lora_A, lora_B, bias, scale, dropout, precision, choice.backend)
+            operands = (weight, lora_A, lora_B, bias, scale, dropout, precision)
+            if torch.is_grad_enabled():
+                y = applied(LoRALinearFunction, x, *operands, choice.backend)
+            else:
+                y, _ = forward(choice.backend, as_matrix(x), *operands, want_s=False)
         native.learn_linear(given, made, choice.backend, precision, dropout)
     return y if y.dim() == len(leading) + 1 else y.view(*leading, y.shape[-1])
-
-
-def _compute(
-    x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scale: Scale,
-    dropout: Dropout | None,
-    precision: Precision,
-    backend: Backend,
-) -> Tensor:
-    """y, with a node where anything may be differentiated."""
-    if torch.is_grad_enabled():
-        return applied(LoRALinearFunction, x, weight, lora_A, lora_B, bias, scale, dropout, precision, backend)
-    rows = as_matrix(x)
-    return forward(backend, rows, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s=False)[0]
 
 
 def explain(

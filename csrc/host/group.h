@@ -41,52 +41,47 @@ class Arguments {
   size_t size_ = 0;
 };
 
+// Behind the arguments of a group kernel come memory that it works in and zeros that it counts in.
+inline void launch_group(Launching& launching, const Tensor& like, Arguments& arguments, const float* scales) {
+  Launch& launch = launching.next();
+  const Tensor workspace = fresh({launch.workspace_size}, like, at::kFloat);
+  Tensor kept;
+  arguments.add(workspace);
+  arguments.add(zeros().of(like.device(), launching.stream, launch.counters, kept));
+  launch(arguments.data(), scales, launching.stream);
+}
+
 // y_i = x W_i^T + S_i B_i^T + b_i and S_i = scale_i * mask_i(x) A_i^T: group_launch.py's forward.
 inline void launch_group_forward(Launching& launching, const Tensor& x, const Members& members, const OfMembers& ys,
                                  const OfMembers& ss) {
-  Launch& launch = launching.next();
-  const Tensor workspace = fresh({launch.workspace_size}, x, at::kFloat);
-  Tensor kept;
   Arguments arguments;
   arguments.add(x);
   arguments.add_pairs(members.weight, ys);
   for (const OfMembers* of : {&members.lora_A, &members.lora_B, &members.bias, &ss, &members.seed}) arguments.add(*of);
   // No scale is a tensor.
   arguments.add(OfMembers());
-  arguments.add(workspace);
-  arguments.add(zeros().of(x.device(), launching.stream, launch.counters, kept));
-  launch(arguments.data(), members.floats().data(), launching.stream);
+  launch_group(launching, x, arguments, members.floats().data());
 }
 
 // dx = sum of dy_i W_i + mask_i(T_i A_i) and T_i = scale_i * dy_i B_i: its backward_input.
 inline void launch_group_input(Launching& launching, const Tensor& dx, const OfMembers& dys, const Members& members,
                                const OfMembers& ts) {
-  Launch& launch = launching.next();
-  const Tensor workspace = fresh({launch.workspace_size}, dx, at::kFloat);
-  Tensor kept;
   Arguments arguments;
   arguments.add(dx);
   arguments.add_pairs(dys, members.weight);
   for (const OfMembers* of : {&members.lora_B, &members.lora_A, &ts, &members.seed}) arguments.add(*of);
   arguments.add(OfMembers());
-  arguments.add(workspace);
-  arguments.add(zeros().of(dx.device(), launching.stream, launch.counters, kept));
-  launch(arguments.data(), members.floats().data(), launching.stream);
+  launch_group(launching, dx, arguments, members.floats().data());
 }
 
 // dA_i = T_i^T mask_i(x) and dB_i = dy_i^T S_i: its backward_adapters.
 inline void launch_group_grads(Launching& launching, const Tensor& x, const OfMembers& dys, const OfMembers& ts,
                                const OfMembers& ss, const OfMembers& dAs, const OfMembers& dBs,
                                const OfMembers& seeds) {
-  Launch& launch = launching.next();
-  const Tensor workspace = fresh({launch.workspace_size}, x, at::kFloat);
-  Tensor kept;
   Arguments arguments;
   arguments.add(x);
   for (const OfMembers* of : {&dys, &ts, &ss, &dAs, &dBs, &seeds}) arguments.add(*of);
-  arguments.add(workspace);
-  arguments.add(zeros().of(x.device(), launching.stream, launch.counters, kept));
-  launch(arguments.data(), nullptr, launching.stream);
+  launch_group(launching, x, arguments, nullptr);
 }
 
 // gated.py's kernels: h = act(g) u; and dg, which takes the place of dh, with du and h.
