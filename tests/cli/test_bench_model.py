@@ -114,6 +114,30 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "REDUCED to 1 of 2 layers" in capsys.readouterr().out
 
 
+def test_with_dropout_gradients_are_checked_without_and_steps_are_timed_with_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chances: list[float] = []
+    loss = Trained.loss
+
+    def watched(self: Trained, tokens: torch.Tensor) -> torch.Tensor:
+        chances.extend({m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout)})
+        return loss(self, tokens)
+
+    monkeypatch.setattr(Trained, "loss", watched)
+    argv = [*RUN, "--layers", "1", "--providers", "peft", "eager", "--dropout", "0.25", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    # Checked: the reference, PEFT and eager. Two steps of each warm up, three are measured.
+    assert chances.count(0.0) == 3
+    assert chances.count(0.25) == 2 * (2 + 3)
+    found = {m.provider: m for m in read_results(tmp_path / RESULTS_FILE).models}
+    assert {m.dropout for m in found.values()} == {0.25}
+    # Far closer than with masks of their own.
+    assert 0 < (found["eager"].gradient_error or 0) < 0.1
+    assert found["eager"].losses != found["peft"].losses
+    assert "rank 16, dropout 0.25" in capsys.readouterr().out
+
+
 def test_the_same_batches_come_again_and_the_loss_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     steps = Trained.step
@@ -219,10 +243,10 @@ def test_layers_that_are_not_fused_are_no_figure_of_ours(monkeypatch: pytest.Mon
 
 
 def test_what_fails_while_it_is_built_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(model: Any, rank: int, provider: ModelProvider) -> Any:
+    def out_of_memory(model: Any, rank: int, provider: ModelProvider, dropout: float) -> Any:
         if provider.backend:
             raise torch.OutOfMemoryError("out of memory\nTried to allocate")
-        return adapted(model, rank, provider)
+        return adapted(model, rank, provider, dropout)
 
     adapted = models._with_adapters
     monkeypatch.setattr(models, "_with_adapters", out_of_memory)

@@ -155,6 +155,7 @@ def _measure_model(options: ModelOptions, results: Results) -> None:
         options.rank,
         options.quantize,
         options.checkpointing,
+        dropout=options.dropout,
     )
     reference = EXACT if EXACT in options.providers else REFERENCE
     training = Training(setting, base, shape.vocabulary, reference)

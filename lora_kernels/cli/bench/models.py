@@ -129,12 +129,14 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 class Trained:
     """A provider's model around the frozen weights of `base`, which it shares, and its optimizer."""
 
-    def __init__(self, provider: ModelProvider, base: nn.Module, rank: int, checkpointing: bool) -> None:
+    def __init__(
+        self, provider: ModelProvider, base: nn.Module, rank: int, checkpointing: bool, dropout: float = 0.0
+    ) -> None:
         self.provider = provider
         self.device = next(base.parameters()).device
         self.model: nn.Module = _in_float32(base) if provider.exact else copy.deepcopy(base, _shared(base))
         if provider.lora:
-            self.model = _with_adapters(self.model, rank, provider)
+            self.model = _with_adapters(self.model, rank, provider, dropout)
         decoder: Any = self.model.get_base_model() if provider.lora else self.model  # type: ignore[operator]
         # So that every layer has a gradient to hand down, with adapters in it or not.
         decoder.enable_input_require_grads()
@@ -165,6 +167,19 @@ class Trained:
         self.drop_gradients()
         return loss
 
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Nothing is dropped inside of it."""
+        layers = [module for module in self.model.modules() if isinstance(module, nn.Dropout)]
+        before = [layer.p for layer in layers]
+        for layer in layers:
+            layer.p = 0.0
+        try:
+            yield
+        finally:
+            for layer, p in zip(layers, before, strict=True):
+                layer.p = p
+
     def drop_gradients(self) -> None:
         """Gives their memory back."""
         for adapter in self.adapters.values():
@@ -193,13 +208,15 @@ def _in_float32(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base).to(torch.float32)
 
 
-def _with_adapters(model: nn.Module, rank: int, provider: ModelProvider) -> nn.Module:
+def _with_adapters(model: nn.Module, rank: int, provider: ModelProvider, dropout: float) -> nn.Module:
     if importlib.util.find_spec("peft") is None:
         raise Missing("peft is not installed")
     from peft import LoraConfig, get_peft_model
 
     names = list(PROJECTIONS)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=names, task_type="CAUSAL_LM"
+    )
     adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=provider.float32)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -65,6 +65,7 @@ class ModelOptions(Common):
     rank: int
     quantize: str | None
     checkpointing: bool
+    dropout: float
     providers: tuple[str, ...]
     steps: int
     left_out: dict[str, str] = field(default_factory=dict)
@@ -102,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers.add_argument(
         "--ranks", nargs="+", type=whole(1), help="with --shapes, --group or --projections (default: 16)"
     )
-    layers.add_argument("--dropout", type=number(from_=0, below=1), help="likewise (default: 0)")
+    layers.add_argument("--dropout", type=number(from_=0, below=1), help="likewise, and with --model (default: 0)")
     layers.add_argument("--dtype", choices=DTYPES, help="likewise (default: bfloat16; on a CPU float32)")
     layers.add_argument("--adapters", choices=DTYPES, help="likewise (default: as --dtype)")
     layers.add_argument("--nf4", action="store_true", default=None, help="likewise: 4-bit frozen weights")
@@ -189,6 +190,7 @@ def _model_options(args: argparse.Namespace, common: tuple[str, Path | None, boo
         rank=args.rank or 16,
         quantize=args.quantize,
         checkpointing=not args.no_checkpointing,
+        dropout=args.dropout or 0.0,
         providers=_providers(args.providers, list(MODEL_PROVIDERS), left_out),
         steps=args.steps or 5,
         left_out=left_out,
@@ -215,7 +217,8 @@ def _cases(args: argparse.Namespace, on_cpu: bool) -> Iterator[Case]:
 
 def _refuse_unused(args: argparse.Namespace) -> None:
     """An option that would change nothing is a misunderstanding."""
-    given = {name for name in _CASE_OPTIONS if getattr(args, name) is not None}
+    case_options = [name for name in _CASE_OPTIONS if not (args.model and name == "dropout")]
+    given = {name for name in case_options if getattr(args, name) is not None}
     if given and not (args.shapes or args.group or args.projections):
         raise UserError(f"--{min(given)} goes with --shapes, --group or --projections: suites are what they are")
     if args.m and not args.projections:

@@ -233,4 +233,5 @@ def _losses(models: Sequence[ModelMeasurement], machine: str) -> Any:
 def _setting(m: ModelMeasurement) -> str:
     layers = "" if m.layers == m.all_layers else f" ({m.layers} of {m.all_layers} layers)"
     checkpointing = "checkpointing" if m.checkpointing else "no checkpointing"
-    return f"{m.model}{layers}, {m.batch} x {m.seq}, {m.quantize or 'bf16'}, {checkpointing}"
+    dropout = f", dropout {m.dropout:g}" if m.dropout else ""
+    return f"{m.model}{layers}, {m.batch} x {m.seq}, {m.quantize or 'bf16'}{dropout}, {checkpointing}"

@@ -69,6 +69,7 @@ class Setting:
     rank: int
     quantize: str | None
     checkpointing: bool
+    dropout: float = field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ModelMeasurement(Setting):
     @property
     def key(self) -> tuple[object, ...]:
         """What it is a figure of."""
-        how = self.batch, self.seq, self.rank, self.quantize, self.checkpointing
+        how = self.batch, self.seq, self.rank, self.quantize, self.checkpointing, self.dropout
         return self.model, self.layers, *how, self.provider
 
 

@@ -132,7 +132,8 @@ def _model_title(m: ModelMeasurement) -> str:
     reduced = "" if m.layers == m.all_layers else f", REDUCED to {m.layers} of {m.all_layers} layers"
     checkpointing = "checkpointing" if m.checkpointing else "no checkpointing"
     base = m.quantize or "bfloat16"
-    return f"{m.model}{reduced}: {m.batch} x {m.seq} tokens, rank {m.rank}, {base}, {checkpointing}"
+    dropout = f", dropout {m.dropout:g}" if m.dropout else ""
+    return f"{m.model}{reduced}: {m.batch} x {m.seq} tokens, rank {m.rank}{dropout}, {base}, {checkpointing}"
 
 
 def _model_line(m: ModelMeasurement, members: Mapping[str, ModelMeasurement]) -> str:

@@ -112,7 +112,8 @@ class Training:
         ]
 
     def _build(self, name: str) -> Trained:
-        return Trained(MODEL_PROVIDERS[name], self.base, self.setting.rank, self.setting.checkpointing)
+        setting = self.setting
+        return Trained(MODEL_PROVIDERS[name], self.base, setting.rank, setting.checkpointing, setting.dropout)
 
     def _tokens(self, step: int) -> Tensor:
         """The batch of a step, counted from the first one of the warm-up."""
@@ -134,7 +135,9 @@ class Training:
         return self._reference
 
     def _gradients(self, trained: Trained) -> dict[str, Tensor]:
-        trained.loss(self._tokens(0))
+        # Providers draw masks of their own: without them their gradients are the same.
+        with trained.without_dropout():
+            trained.loss(self._tokens(0))
         gradients = {n: p.grad.float() for n, p in trained.adapters.items() if p.grad is not None}
         trained.drop_gradients()
         return gradients
