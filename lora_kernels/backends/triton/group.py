@@ -10,11 +10,13 @@ bytes is worth more than reading x once. dA and dB need no weight and are one la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from lora_kernels.backends import GroupBackend, Member, Precision, Problem
-from lora_kernels.backends.triton import group_launch, nf4_launch, single
+from lora_kernels.backends.triton import ahead, group_launch, nf4_launch, single
+from lora_kernels.backends.triton.group_operands import adapters_of
 from lora_kernels.backends.triton.nf4_tiles import path_for
 from lora_kernels.backends.triton.tiles import chip_of
 from lora_kernels.nf4 import NF4Weight
@@ -31,7 +33,9 @@ def forward(
     if together is None:
         together = not any(_on_the_fly(x, member, forward=True) for member in members)
     if together:
-        return group_launch.forward(x, _decoded(members, x), precision, want_s)
+        rehearsal = partial(_rehearse_backward, x, members, precision) if want_s else None
+        with ahead.followed_by(rehearsal):
+            return group_launch.forward(x, _decoded(members, x), precision, want_s)
     results = [single.forward(x, *member, precision, want_s) for member in members]  # type: ignore[arg-type]
     return [y for y, _ in results], [s for _, s in results]
 
@@ -71,6 +75,16 @@ def describe(problems: Sequence[Problem]) -> str | None:
     if not any(problem.nf4 for problem in problems):
         return None
     return "where its NF4 weights are decoded inside of products, member by member but for dA and dB"
+
+
+def _rehearse_backward(x: Tensor, members: Sequence[Member], precision: Precision) -> None:
+    """The launches of a backward with every gradient."""
+    lora_As, lora_Bs = adapters_of(members)
+    dys = [x.new_empty(x.shape[0], lora_B.shape[0]) for lora_B in lora_Bs]
+    _, ts = backward_input(dys, members, precision, True)
+    narrow: list[Tensor | None] = [*ts]
+    dropouts = [member.dropout for member in members]
+    group_launch.backward_adapters(x, dys, narrow, narrow, dropouts, lora_As[0].dtype)
 
 
 def _on_the_fly(left: Tensor, member: Member, forward: bool) -> bool:

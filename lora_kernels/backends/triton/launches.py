@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lora_kernels.backends.triton import ahead
 from lora_kernels.backends.triton.direct import BoundLaunch, DirectKernel, direct_kernel
 
 _MOST_PLANS = 4096
@@ -46,16 +47,23 @@ class Launch:
 
     def __call__(self, device: torch.device, tensors: tuple[Any, ...]) -> None:
         """Launches with the arguments of the kernel up to its integers."""
+        if ahead.rehearsing():
+            if self.bound is None:
+                self._launch(tensors)
+            return
         noted = getattr(_notes, "launches", None)
         if noted is not None:
             noted.append(self)
         if self.bound is not None and not _has_hooks():
             self.bound(_stream(device), tensors)
             return
-        arguments = (*tensors, *self._numbers)
-        direct = launch_kernel(self._kernel, self._kind, self._grid, arguments, self._options, self._blocks)
+        direct = self._launch(tensors)
         if direct is not None and self.bound is None:
-            self.bound = BoundLaunch(direct, self._grid, arguments)
+            self.bound = BoundLaunch(direct, self._grid, (*tensors, *self._numbers))
+
+    def _launch(self, tensors: tuple[Any, ...]) -> DirectKernel | None:
+        arguments = (*tensors, *self._numbers)
+        return launch_kernel(self._kernel, self._kind, self._grid, arguments, self._options, self._blocks)
 
 
 @contextmanager
@@ -80,6 +88,8 @@ def launch_kernel(
 ) -> DirectKernel | None:
     """Through the driver where a launch of this kind has gone through Triton before, which compiles it.
 
+    In a rehearsal (ahead.py) nothing is launched, and what Triton would have to compile is compiled elsewhere.
+
     Args:
         kind: everything that Triton's specialization of the arguments depends on.
         blocks: the tiles of the leading arguments that are to be TMA descriptors.
@@ -87,16 +97,21 @@ def launch_kernel(
         What launches the next of this kind; None where that is Triton.
     """
     kind = (*kind, options.get("PRECISION"))
+    new = kind not in _direct_kernels
+    if ahead.rehearsing():
+        if new:
+            stand_ins = tuple(ahead.StandIn(a) if isinstance(a, Tensor) else a for a in arguments)
+            device: Any = kind[1]
+            ahead.prepare(kernel, kind, device, _described(stand_ins, blocks), options)
+        return None
     direct = _direct_kernels.get(kind)
     if direct is not None and not _has_hooks():
         direct(grid, _stream(kind[1]), arguments)  # type: ignore[arg-type]
         return direct
-    if blocks is not None:
-        described = (_descriptor(t, block) for t, block in zip(arguments, blocks, strict=False))
-        compiled = kernel[grid](*described, *arguments[len(blocks) :], **options)
-    else:
-        compiled = kernel[grid](*arguments, **options)
-    if kind not in _direct_kernels:
+    if new:
+        ahead.before_compiling(kernel, kind)
+    compiled = kernel[grid](*_described(arguments, blocks), **options)
+    if new:
         direct = direct_kernel(compiled)
         remember(_direct_kernels, kind, direct)
     return direct
@@ -128,7 +143,12 @@ def alignment(*tensors: Tensor | None) -> int:
     return bits
 
 
-def _descriptor(t: Tensor, block: tuple[int, int]) -> object:
+def _described(arguments: tuple[Any, ...], blocks: tuple[tuple[int, int], ...] | None) -> tuple[Any, ...]:
+    """The arguments, the leading ones as TMA descriptors of tiles, if any are given."""
+    if blocks is None:
+        return arguments
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+    pairs = zip(arguments, blocks, strict=False)
+    maps = (TensorDescriptor(t, list(t.shape), list(t.stride()), list(block)) for t, block in pairs)
+    return (*maps, *arguments[len(blocks) :])

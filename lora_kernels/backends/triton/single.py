@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from lora_kernels.backends import Precision, Scale, eager
-from lora_kernels.backends.triton import launch, nf4_launch
+from lora_kernels.backends.triton import ahead, launch, nf4_launch
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import NF4Weight
 from lora_kernels.weights import Weight
@@ -24,10 +26,12 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + S B^T + b and S = scale * mask(x) A^T."""
     down, up = lora_A.T, lora_B.T
-    if isinstance(weight, NF4Weight):
-        y, s = nf4_launch.one_pass(x, weight, down, up, bias, scale, dropout, True, precision)
-    else:
-        y, s = launch.one_pass(x, _strided(weight).T, down, up, bias, scale, dropout, True, precision)
+    rehearsal = partial(_rehearse_backward, x, weight, lora_A, lora_B, scale, dropout, precision) if want_s else None
+    with ahead.followed_by(rehearsal):
+        if isinstance(weight, NF4Weight):
+            y, s = nf4_launch.one_pass(x, weight, down, up, bias, scale, dropout, True, precision)
+        else:
+            y, s = launch.one_pass(x, _strided(weight).T, down, up, bias, scale, dropout, True, precision)
     return y, s if want_s else None
 
 
@@ -49,6 +53,21 @@ def backward_input(
     if isinstance(weight, NF4Weight):
         return nf4_launch.one_pass(dy, weight, lora_B, lora_A, None, scale, dropout, False, precision)
     return launch.one_pass(dy, _strided(weight), lora_B, lora_A, None, scale, dropout, False, precision)
+
+
+def _rehearse_backward(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+) -> None:
+    """The launches of a backward with every gradient."""
+    dy = x.new_empty(x.shape[0], lora_B.shape[0])
+    _, t = backward_input(dy, weight, lora_A, lora_B, scale, dropout, precision, True)
+    launch.adapter_grads(x, dy, t, t, dropout, lora_A.dtype)
 
 
 def _strided(weight: Tensor) -> Tensor:

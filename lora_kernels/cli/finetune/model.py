@@ -127,7 +127,8 @@ def _load_gguf(source: ModelSource, config: Any, dtype: torch.dtype, quantizatio
     transformers marks what it loads from GGUF as quantized, dense or not: Trainer then refuses it and it
     cannot be quantized to NF4. So its dense weights are handed on to a model that knows nothing of GGUF.
     """
-    dense = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **source.arguments)
+    # With its configuration, or it would be read from the file once more, which takes seconds.
+    dense = AutoModelForCausalLM.from_pretrained(source.name, config=config, dtype=dtype, **source.arguments)
     model = type(dense).from_pretrained(
         None, config=config, state_dict=dense.state_dict(), dtype=dtype, quantization_config=quantization
     )

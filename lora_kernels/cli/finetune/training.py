@@ -12,6 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from lora_kernels import revert_lora_kernels
 from lora_kernels.cli.finetune.data import Corpus
+from lora_kernels.cli.finetune.head_start import head_start
 from lora_kernels.cli.finetune.memory import peak_bytes, reset_peak
 from lora_kernels.cli.finetune.model import ModelSource, load_model, lora_config
 from lora_kernels.cli.finetune.options import Options
@@ -68,7 +69,9 @@ def execute(job: Job, run: Run, *, fuse: Callable[[PeftModel], dict[str, str | N
     """
     options = job.options
     weights_dtype, autocast = precision(job.device)
-    base = load_model(job.source, job.config, weights_dtype, options.quantize)
+    tokens = (options.batch, options.seq)
+    with head_start(job.config, lora_config(options), tokens, weights_dtype, fuse, job.device):
+        base = load_model(job.source, job.config, weights_dtype, options.quantize)
     set_seed(options.seed)
     model = get_peft_model(base, lora_config(options))
 

@@ -1,0 +1,150 @@
+"""Kernels of a backward are compiled beside those of its forward, each once; in processes with caches of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    find_spec("triton.runtime._async_compile") is None, reason="this Triton is not meant to compile in threads"
+)
+
+# Writes down what is compiled, where, and whether Triton's cache on disk had it already.
+LISTEN = """
+import json, threading, triton
+
+compiled = []
+
+def listen(src, metadata, metadata_group, times, cache_hit):
+    ahead = threading.current_thread().name.startswith("lora_kernels compiles")
+    compiled.append((src.fn.__name__, ahead, cache_hit))
+
+triton.knobs.compilation.listener = listen
+"""
+
+# An A100 that compiles and does nothing.
+NO_GPU = (
+    LISTEN
+    + """
+import contextlib
+from types import SimpleNamespace
+import torch
+from triton.backends.compiler import GPUTarget
+from lora_kernels.backends import Member
+from lora_kernels.backends.triton import ahead, group, group_launch, launch, launches, single
+from lora_kernels.backends.triton.tiles import Chip
+from lora_kernels.dropout import Dropout
+
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 80, 32)
+
+triton.runtime.driver.set_active(Driver())
+triton.JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **o: kernel.warmup(*a, grid=grid, **o)
+launches.direct_kernel = launches.BoundLaunch = lambda *a: SimpleNamespace(parameters=[])
+ahead.torch.cuda.device = lambda device: contextlib.nullcontext()
+zeros = torch.zeros(1 << 16, dtype=torch.int32)
+for module in (launch, group_launch):
+    module.chip_of = lambda device: Chip((8, 0), 108, 166912, False)
+    module.zeros_for = lambda device, count: zeros
+
+M, K, N, r = 96, 64, 48, 8
+dropout = Dropout(0.1, torch.zeros(1, dtype=torch.int64))
+def matrix(rows, columns, dtype=torch.bfloat16): return torch.zeros(rows, columns, dtype=dtype)
+x, dy = matrix(M, K), matrix(M, N)
+def layer(): return matrix(N, K), matrix(r, K, torch.float32), matrix(N, r, torch.float32)
+"""
+)
+LAYER = """
+weight, lora_A, lora_B = layer()
+_, s = single.forward(x, weight, lora_A, lora_B, None, 2.0, dropout, "rounded", want_s)
+if want_s:
+    _, t = single.backward_input(dy, weight, lora_A, lora_B, 2.0, dropout, "rounded", True)
+    launch.adapter_grads(x, dy, s, t, dropout, torch.float32)
+"""
+GROUP = """
+members = [Member(*layer(), None, 2.0, dropout) for _ in range(2)]
+_, ss = group.forward(x, members, "rounded", want_s)
+_, ts = group.backward_input([dy, dy], members, "rounded", True)
+group_launch.backward_adapters(x, [dy, dy], ss, ts, [dropout] * 2, torch.float32)
+"""
+NO_ROOM = """
+import lora_kernels.backends.triton.single as module
+def no_room(*arguments): raise torch.OutOfMemoryError("no room")
+module._rehearse_backward = no_room
+"""
+REPORT = "print(json.dumps(compiled))"
+
+GPU = (
+    LISTEN
+    + """
+import torch
+from lora_kernels import lora_linear
+
+def step(backend):
+    torch.manual_seed(0)
+    shapes = [(200, 128), (96, 128), (16, 128), (96, 16)]
+    x, weight, lora_A, lora_B = [torch.randn(s, device="cuda", dtype=torch.bfloat16) / 8 for s in shapes]
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    y = lora_linear(x, weight, lora_A, lora_B, scaling=0.5, dropout_p=0.3, backend=backend)
+    y.backward(torch.randn_like(y))
+    return [y.detach(), *[t.grad for t in leaves]]
+
+expected, first, second = step("eager"), step("triton"), step("triton")
+assert all(map(torch.equal, first, second))
+for got, wanted in zip(first, expected):
+    assert float((got - wanted).float().norm() / wanted.float().norm()) < 1e-2
+"""
+)
+
+
+def _compiled(script: str, cache: Path) -> list[list[Any]]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script + REPORT], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[list[Any]] = json.loads(done.stdout)
+    return sorted(found)
+
+
+def _ahead(*names: str) -> list[list[Any]]:
+    """Those kernels on other threads, and the first of them in this one as well: the forward."""
+    return sorted([[name, True, False] for name in names[1:]] + [[names[0], False, False]])
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        (LAYER, ["one_pass_kernel", "one_pass_kernel", "adapter_grads_kernel"]),
+        (GROUP, ["group_forward_kernel", "group_input_kernel", "group_grads_kernel"]),
+    ],
+    ids=["layer", "group"],
+)
+def test_a_backward_is_compiled_beside_its_forward(script: str, names: list[str], tmp_path: Path) -> None:
+    assert _compiled(NO_GPU + "want_s = True" + script, tmp_path) == _ahead(*names)
+
+
+def test_a_forward_that_no_backward_follows_is_compiled_alone(tmp_path: Path) -> None:
+    assert _compiled(NO_GPU + "want_s = False" + LAYER, tmp_path) == _ahead("one_pass_kernel")
+
+
+def test_without_room_for_a_rehearsal_each_kernel_is_compiled_where_it_is_launched(tmp_path: Path) -> None:
+    here = [[name, False, False] for name in ("adapter_grads_kernel", "one_pass_kernel", "one_pass_kernel")]
+    assert _compiled(NO_GPU + NO_ROOM + "want_s = True" + LAYER, tmp_path) == here
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_was_compiled_ahead_is_what_runs(tmp_path: Path) -> None:
+    names = ["one_pass_kernel", "one_pass_kernel", "adapter_grads_kernel"]
+    assert _compiled(GPU, tmp_path) == _ahead(*names)
