@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from lora_kernels.selftest import failures
+
 _VOCABULARY = 16
 
 
@@ -40,7 +42,7 @@ def head_start(
         return
     model = None
     # Made here, because transformers and PyTorch build models under settings that all threads share.
-    with suppress(Exception):
+    with suppress(*failures()):
         model = one_layer(config, lora, dtype, device)
         fuse(model)
     thread = threading.Thread(target=_step_and_forget, args=([model], tokens, dtype), name="head start")
@@ -79,7 +81,7 @@ def _step_and_forget(models: list[PeftModel | None], tokens: tuple[int, int], dt
     model = models.pop()
     if model is None:
         return
-    with suppress(Exception):
+    with suppress(*failures()):
         step(model, tokens, dtype)
         torch.cuda.synchronize()
     del model
