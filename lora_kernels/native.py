@@ -2,9 +2,9 @@
 
 Python checks, chooses, plans and has Triton compile. Where a kind of call comes again, what was found is handed to the
 extension of csrc/host/, by which the next such call allocates, launches and makes its autograd node, and its backward
-runs, without Python. The bits are the same. Calls that are not covered (NF4 weights that are decoded inside of a
-product, float32, subclasses of tensors, modes, tracing, a profiler that asked Triton for its launches) stay in Python,
-as do all of them where the extension is not compiled.
+runs, without Python. The bits are the same. What is not covered (float32, subclasses of tensors, modes, tracing, a
+profiler that asked Triton for its launches, the backward of an NF4 weight that is decoded inside of a product) stays in
+Python, as does everything where the extension is not compiled.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ linear: Callable[..., Tensor | bool | None] | None = None
 group: Callable[..., list[Tensor] | bool | None] | None = None
 gated: Callable[..., Tensor | bool | None] | None = None
 _device_type = "cuda"
+# The launch of a product that decodes its weight itself.
+_DECODES = "nf4_product"
 # Triton unloads kernels that nobody holds; the extension holds their addresses.
 _kernels: set[Any] = set()
 
@@ -79,7 +82,7 @@ def learn_linear(
     constants = (backend, p, precision, lora_A.dtype, None if bias is None else bias.dtype, _form(weight))
     extension = _extension()
     assert extension is not None
-    launches = _handed_over(made, [*_decoding(weight), "one_pass"])
+    launches = _handed_over(made, *_products("one_pass", weight))
     extension.learn_linear(*given, launches, inverse_keep(p) if p else 1.0, constants)
 
 
@@ -103,10 +106,11 @@ def learn_group(
     constants = (plan, p, first.lora_A.dtype, [_form(weight) for weight in weights])
     if isinstance(plan, GatedPlan):
         learn = extension.learn_gated
-        names = [*_decoding(*weights[:2]), "group_forward", "gated_forward", *_decoding(weights[2]), "one_pass"]
+        ways = product(_products("group_forward", *weights[:2]), _products("one_pass", weights[2]))
+        names = [[*sharing, "gated_forward", *down] for sharing, down in ways]
     else:
-        learn, names = extension.learn_group, [*_decoding(*weights), "group_forward"]
-    learn(*given, _handed_over(made, names), inverse_keep(p) if p else 1.0, constants)
+        learn, names = extension.learn_group, _products("group_forward", *weights)
+    learn(*given, _handed_over(made, *names), inverse_keep(p) if p else 1.0, constants)
 
 
 def _backward(
@@ -186,9 +190,16 @@ def _decoding(*weights: Weight | None) -> list[str]:
     return ["dequantize" for weight in weights if isinstance(weight, NF4Weight)]
 
 
-def _handed_over(made: list[Launch], names: list[str]) -> list[Any] | None:
-    """The launches for C++; None if they have other names than these, or Triton makes one of them."""
-    if [launch.name for launch in made] != names:
+def _products(name: str, *weights: Weight | None) -> list[list[str]]:
+    """The launches that a forward's product with these weights may be: one, or, with NF4 weights, one for each."""
+    decoding = _decoding(*weights)
+    together = [[*decoding, name]]
+    return together if len(decoding) < len(weights) else [*together, [_DECODES] * len(weights)]
+
+
+def _handed_over(made: list[Launch], *ways: list[str]) -> list[Any] | None:
+    """The launches for C++; None if their names are none of these, or Triton makes one of them."""
+    if [launch.name for launch in made] not in ways:
         return None
     launches = [_in_cpp(launch) for launch in made]
     return None if None in launches else launches
@@ -212,6 +223,7 @@ def _in_cpp(launch: Launch) -> Any:
         [tuple(shape) for shape in bound.maps],
         launch.workspace_size,
         launch.counters,
+        launch.name == _DECODES,
     )
 
 

@@ -109,6 +109,7 @@ class FakeDriver:
         self.gated_forward = FakeKernel(self, "gated_forward", ())
         self.gated_backward = FakeKernel(self, "gated_backward", ())
         self.dequantize = FakeKernel(self, "dequantize", ())
+        self.nf4_product = FakeKernel(self, "nf4_product", (16, 17, 21, 22))
         self.cuLaunchKernel = _LAUNCH(self._launch)
         self.cuTensorMapEncodeTiled = _ENCODE(self._encode)
         self.cuFuncGetParamInfo = _PARAMETER_INFO(self._parameter_info)

@@ -143,14 +143,40 @@ def _gated_backward(dtypes: Dtypes, options: Options, a: Arguments) -> None:
         matrix(4, 1, elements).copy_(activated * u)
 
 
-def _dequantize(dtypes: Dtypes, options: Options, a: Arguments) -> None:
-    matrix, elements, block_size = _Matrices(dtypes, a), a[6], options["BLOCK_SIZE"]
+def _nf4_weight(
+    dtypes: Dtypes, a: Arguments, first: int, shape: tuple[int, int], block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight whose packed codes are the argument `first`, and its scales those after it."""
+    matrix, elements = _Matrices(dtypes, a), shape[0] * shape[1]
     blocks, nested = -(-elements // block_size), (None, None, None)
-    if a[2] is not None:
-        nested = (matrix(2, 1, -(-blocks // 256))[0], matrix(3, 1, 256)[0], matrix(4, 1, 1)[0])  # type: ignore[assignment]
-    packed, absmax = _view(a[0], torch.uint8, 1, a[7], a[7], 1)[0], matrix(1, 1, blocks)[0]
-    weight = NF4Weight(packed, absmax, *nested, block_size, torch.Size((1, elements)), dtypes[5])
-    matrix(5, 1, elements).copy_(weight.dequantize())
+    if a[first + 2] is not None:
+        sizes = (-(-blocks // 256), 256, 1)
+        nested = tuple(matrix(first + 2 + i, 1, size)[0] for i, size in enumerate(sizes))  # type: ignore[assignment]
+    count = (elements + 1) // 2
+    packed, absmax = _view(a[first], torch.uint8, 1, count, count, 1)[0], matrix(first + 1, 1, blocks)[0]
+    return NF4Weight(packed, absmax, *nested, block_size, torch.Size(shape), dtype).dequantize()
+
+
+def _dequantize(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    shape = (1, a[6])
+    assert a[7] == (a[6] + 1) // 2
+    _Matrices(dtypes, a)(5, *shape).copy_(_nf4_weight(dtypes, a, 0, shape, options["BLOCK_SIZE"], dtypes[5]))
+
+
+def _nf4_product(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    M, N, K, R = a[17], a[18], a[19], a[20]
+    matrix, forward = _Matrices(dtypes, a), options["FORWARD"]
+    L, C = (K, N) if forward else (N, K)
+    left, s, out = matrix(0, M, L, a[23]), matrix(10, M, R), matrix(6, M, C)
+    weight = _nf4_weight(dtypes, a, 1, (N, K), options["BLOCK_SIZE"], dtypes[0]).double()
+    down, up = _view(a[7], dtypes[7], L, R, a[24], a[25]), _view(a[8], dtypes[8], R, C, a[26], a[27])
+    assert int(matrix(12, 1, 1)) == 0
+    s.copy_(matrix.masked(left, 13, a[16], options["MASKED"] and forward) @ down.double() * matrix.scale(14, 15))
+    branch = matrix.masked(s.double() @ up.double(), 13, a[16], options["MASKED"] and not forward)
+    total = left.double() @ (weight.T if forward else weight) + branch
+    if a[9] is not None:
+        total += matrix(9, 1, C).double()
+    out.copy_(total)
 
 
 KERNELS: dict[str, Callable[[Dtypes, Options, Arguments], None]] = {
@@ -162,4 +188,5 @@ KERNELS: dict[str, Callable[[Dtypes, Options, Arguments], None]] = {
     "gated_forward": _gated_forward,
     "gated_backward": _gated_backward,
     "dequantize": _dequantize,
+    "nf4_product": _nf4_product,
 }

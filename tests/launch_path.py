@@ -92,7 +92,9 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
         (gated, "_launches", {}),
         (group, "chip_of", lambda device: chip),
         (nf4_launch, "dequantize_kernel", driver.dequantize),
+        (nf4_launch, "nf4_product_kernel", driver.nf4_product),
         (nf4_launch, "_decodings", {}),
+        (nf4_launch, "_products", {}),
         (nf4_launch, "chip_of", lambda device: chip),
     ):
         monkeypatch.setattr(module, name, value)

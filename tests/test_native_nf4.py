@@ -27,9 +27,16 @@ from lora_kernels import NF4Weight
 pytest_plugins = ("launch_path",)
 
 
-# No K here is a multiple of a block: products that decode on the fly are Python's.
+# Where K is no multiple of a block, products do not decode on the fly.
 def nf4(weight: Tensor, double_quant: bool = True, block_size: int = 64) -> Any:
     return NF4Weight.quantize(weight.detach().float(), block_size, double_quant)
+
+
+@pytest.fixture
+def flies(path: LaunchPath, monkeypatch: pytest.MonkeyPatch) -> LaunchPath:
+    """Where products decode on the fly: on CUDA."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    return path
 
 
 @pytest.fixture(params=KINDS)
@@ -73,6 +80,55 @@ def test_kinds_of_weights_find_no_plan_of_each_other(path: LaunchPath) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_groups(dropout: float, layers: Layers, path: LaunchPath) -> None:
     assert_learned_call(path, layers, dropout_p=dropout)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=str)
+def test_a_layer_that_decodes_on_the_fly(
+    adapters: torch.dtype, double_quant: bool, dropout: float, flies: LaunchPath
+) -> None:
+    """Its forward is C++, and its backward Python's."""
+    tensors: dict[str, Any] = make("x", "lora_A", "lora_B", sizes=(2, 3, 128, 40, 3))
+    for name in ("lora_A", "lora_B"):
+        tensors[name] = leaf(tensors[name], lambda t: t.to(adapters))
+    tensors["weight"] = nf4(tensors["weight"], double_quant)
+    want = in_python(tensors, dropout_p=dropout)
+    for _ in range(4):
+        flies.who()
+        assert_same(run(tensors, dropout_p=dropout), want)
+    launched = [(launched.name, launched.stream) for launched in flies.driver.launches]
+    assert launched == [("nf4_product", NATIVE), ("nf4_product", PYTHON), ("adapter_grads", PYTHON)]
+    frozen = {k: v.detach() if isinstance(v, Tensor) else v for k, v in tensors.items()}
+    want = in_python(frozen)
+    for _ in range(4):
+        flies.who()
+        assert_same(run(frozen), want)
+    assert flies.who() == {NATIVE}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_that_decode_on_the_fly(kind: str, dropout: float, flies: LaunchPath) -> None:
+    layers = KINDS[kind]((2, 3), columns=128, bias=True).adapters(nf4, "weight")
+    want = step_in_python(layers, dropout_p=dropout)
+    for _ in range(4):
+        assert_same(step(layers, dropout_p=dropout), want)
+    flies.who()
+    ys = layers(dropout_p=dropout)
+    assert flies.who() == {NATIVE}
+    assert not hasattr(ys[0].grad_fn, "plan"), "the node was made in Python"
+
+
+def test_an_mlp_whose_down_projection_alone_decodes_ahead(flies: LaunchPath) -> None:
+    layers = KINDS["silu"]((5,), columns=128).adapters(nf4, "weight")
+    for _ in range(3):
+        layers()
+    flies.driver.launches.clear()
+    layers()
+    found = [launched.name for launched in flies.driver.launches]
+    assert found == ["nf4_product", "nf4_product", "gated_forward", "dequantize", "one_pass"]
+    assert flies.who() == {NATIVE}
 
 
 @pytest.mark.parametrize("kind", KINDS)

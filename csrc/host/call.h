@@ -19,6 +19,8 @@ struct Layer {
   int64_t N = 0, R = 0;
 };
 
+inline Tensor bias_of(const Layer& layer) { return layer.bias != nullptr ? *layer.bias : Tensor(); }
+
 enum class Kind : int64_t { kLinear, kGroup, kGatedSilu, kGatedGeluTanh };
 
 // The layers of a group, and behind gate and up the down projection.

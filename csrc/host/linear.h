@@ -26,6 +26,28 @@ inline void launch_one_pass(Launching& launching, const Tensor& left, const Tens
   launch(tensors, &number, launching.stream);
 }
 
+// y = x W^T + S B^T + b and S = scale * mask(x) A^T of a layer, with W decoded before it or inside of it, or dense.
+inline void launch_layer(Launching& launching, const Tensor& x, const Layer& layer, const Tensor& y, const Tensor& s,
+                         const Tensor& seed, double scale) {
+  const Tensor bias = bias_of(layer);
+  if (!launching.decodes()) {
+    const Tensor weight = dense_of(layer.weight, launching, x, x.scalar_type());
+    launch_one_pass(launching, x, weight, y, *layer.lora_A, *layer.lora_B, bias, s, seed, scale);
+    return;
+  }
+  Launch& launch = launching.next();
+  const Tensor workspace = fresh({launch.workspace_size}, x, at::kFloat);
+  Tensor kept;
+  const Weight::Parts& parts = layer.weight.parts;
+  const void* const tensors[] = {address(x), address(parts[0]), address(parts[1]), address(parts[2]), address(parts[3]),
+                                 address(parts[4]), address(y), address(*layer.lora_A), address(*layer.lora_B),
+                                 address(bias), address(s), address(workspace),
+                                 zeros().of(x.device(), launching.stream, launch.counters, kept), address(seed),
+                                 nullptr};
+  const float number = static_cast<float>(scale);
+  launch(tensors, &number, launching.stream);
+}
+
 // dA = T^T mask(x) and dB = dy^T S, each where it is defined.
 inline void launch_adapter_grads(Launching& launching, const Tensor& x, const Tensor& dy, const Tensor& t,
                                  const Tensor& s, const Tensor& dA, const Tensor& dB, const Tensor& seed) {

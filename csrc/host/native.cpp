@@ -61,8 +61,6 @@ auto node_of(const Call& call, const Plan& plan, const Tensor& x) {
   return node;
 }
 
-Tensor bias_of(const Layer& layer) { return layer.bias != nullptr ? *layer.bias : Tensor(); }
-
 // y with the leading dimensions of x.
 Tensor fresh_y(const Tensor& x, int64_t N, at::ScalarType type) {
   c10::SmallVector<int64_t, 5> sizes(x.sizes().begin(), x.sizes().end());
@@ -114,9 +112,7 @@ PyObject* linear(const Call& call, const Plan& plan, const Scales& scales) {
     const Outside outside(in.x.device());
     y = fresh_y(in.x, layer.N, call.dtype), s = fresh_s(call, layer, in.x);
     Launching launching(plan->launches, outside.stream);
-    const Tensor weight = dense_of(layer.weight, launching, in.x, call.dtype);
-    launch_one_pass(launching, in.x, weight, y, *layer.lora_A, *layer.lora_B, bias_of(layer), s, in.seeds[0],
-                    scales[0]);
+    launch_layer(launching, in.x, layer, y, s, in.seeds[0], scales[0]);
   }
   if (node != nullptr) {
     if (needs.lora_B) node->keep(std::move(s));
@@ -136,11 +132,20 @@ Shared run_group(const Call& call, Launching& launching, const Scales& scales, c
   Shared out;
   for (size_t i = 0; i < members.count; ++i) {
     const Layer& layer = call.layers[i];
+    out.ys[i] = leading ? fresh_y(in.x, layer.N, call.dtype) : fresh({call.M, layer.N}, in.x, call.dtype);
+    out.ss[i] = fresh_s(call, layer, in.x);
+  }
+  if (launching.decodes()) {
+    for (size_t i = 0; i < members.count; ++i) {
+      launch_layer(launching, in.x, call.layers[i], out.ys[i], out.ss[i], in.seeds[i], scales[i]);
+    }
+    return out;
+  }
+  for (size_t i = 0; i < members.count; ++i) {
+    const Layer& layer = call.layers[i];
     members.weight[i] = dense_of(layer.weight, launching, in.x, call.dtype);
     members.lora_A[i] = *layer.lora_A, members.lora_B[i] = *layer.lora_B;
     members.bias[i] = bias_of(layer), members.seed[i] = in.seeds[i];
-    out.ys[i] = leading ? fresh_y(in.x, layer.N, call.dtype) : fresh({call.M, layer.N}, in.x, call.dtype);
-    out.ss[i] = fresh_s(call, layer, in.x);
   }
   launch_group_forward(launching, in.x, members, out.ys, out.ss);
   return out;
@@ -203,9 +208,8 @@ PyObject* gated(const Call& call, const Plan& plan, const Scales& scales) {
     launch_activation(launching, {&shared.ys[0], &shared.ys[1], &h});
     // The decoded weight lies where g and u lay, if nobody keeps those.
     shared = Shared();
-    const Tensor weight = dense_of(down.weight, launching, in.x, call.dtype);
     y = fresh_y(in.x, down.N, call.dtype), s = fresh_s(call, down, in.x);
-    launch_one_pass(launching, h, weight, y, *down.lora_A, *down.lora_B, bias_of(down), s, in.seeds[2], scales[2]);
+    launch_layer(launching, h, down, y, s, in.seeds[2], scales[2]);
   }
   if (node != nullptr) {
     node->keep(std::move(s));
@@ -284,12 +288,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<Launch, std::shared_ptr<Launch>>(module, "Launch")
       .def(py::init([](uint64_t function, std::array<unsigned, 3> grid, unsigned threads, unsigned shared,
                        const Launch::Parameters& parameters, const std::map<int, int64_t>& numbers,
-                       const std::vector<Map>& maps, int64_t workspace_size, int64_t counters) {
+                       const std::vector<Map>& maps, int64_t workspace_size, int64_t counters, bool decodes) {
         std::vector<MapShape> shapes;
         const auto shape_of = [](auto... fields) { return MapShape{fields...}; };
         for (const Map& map : maps) shapes.push_back(std::apply(shape_of, map));
         return std::make_shared<Launch>(function, grid, threads, shared, parameters, numbers, std::move(shapes),
-                                        workspace_size, counters);
+                                        workspace_size, counters, decodes);
       }));
   // The addresses of Driver's functions.
   module.def("use_driver", [](uint64_t launch, uint64_t encode_map, uint64_t is_capturing, uint64_t current_stream,

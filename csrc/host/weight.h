@@ -56,6 +56,8 @@ class Launching {
  public:
   Launching(const Launches& launches, void* stream) : stream(stream), next_(launches.begin()) {}
   Launch& next() { return **next_++; }
+  // Whether the next one decodes a weight inside of a product.
+  bool decodes() const { return (*next_)->decodes; }
   void* const stream;
 
  private:

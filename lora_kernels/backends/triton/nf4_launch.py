@@ -126,7 +126,7 @@ class ProductPlan:
         return 3 + self.row_tiles * (1 + self.rank_chunks + self.column_tiles)
 
 
-_plans: dict[tuple[object, ...], ProductPlan] = {}
+_products: dict[tuple[object, ...], launches.Launch] = {}
 
 
 def plan_product(
@@ -158,51 +158,48 @@ def product(
     Args:
         tiles, parts: forced by tests and by tuning.
     """
-    (M, L), R, device, dtype = left.shape, down.shape[1], left.device, left.dtype
-    N, K = weight.shape
-    C = N if forward else K
-    out = torch.empty(M, C, dtype=dtype, device=device)
+    M, R, device, dtype = left.shape[0], down.shape[1], left.device, left.dtype
+    out = torch.empty(M, weight.shape[0 if forward else 1], dtype=dtype, device=device)
     s = torch.empty(M, R, dtype=torch.float32 if precision == "split" else dtype, device=device)
     if M == 0:
         return out, s
-    key = (device, precision, M, L, C, R, forward, tiles, parts)
-    plan = _plans.get(key)
-    if plan is None:
-        chip = chip_of(device)
-        plan = plan_product(chip, tiles or product_tiles(chip, M, forward), parts, M, L, C, R, precision)
-        launches.remember(_plans, key, plan)
-    tiles = plan.tiles
     words = _words(weight.packed)
-    seed = None if dropout is None else dropout.seed
-    scale_tensor = scale if isinstance(scale, Tensor) else None
-    arguments = (
-        left,
-        words,
-        weight.absmax,
-        weight.nested_absmax,
-        weight.nested_map,
-        weight.offset,
-        out,
-        down,
-        up,
-        bias,
-        s,
-        torch.empty(plan.workspace_size, dtype=torch.float32, device=device),
-        zeros_for(device, plan.counters),
-        seed,
-        scale_tensor,
-        1.0 if scale_tensor is not None else float(scale),
-        0 if dropout is None else dropout.threshold,
-        M,
-        N,
-        K,
-        R,
-        plan.s_parts,
-        plan.parts,
-        left.stride(0),
-        *down.stride(),
-        *up.stride(),
-    )
+    seed, threshold = (None, 0) if dropout is None else (dropout.seed, dropout.threshold)
+    tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    kind = (
+        "nf4_product", device, dtype, precision, forward, *weight.shape, R, weight.block_size, weight.double_quant, words.dtype,
+        left.stride(0), down.stride(), up.stride(), down.dtype, seed is None, None if tensor is None else tensor.dtype,
+        bias is not None and bias.dtype, launches.alignment(left, *weight.tensors(), down, up, bias),
+    )  # fmt: skip
+    key = (M, threshold, tiles, parts, *kind)
+    launch = _products.get(key)
+    if launch is None:
+        launch = _plan_launch(left, weight, down, up, seed is not None, threshold, forward, precision, kind, tiles, parts)
+        launches.remember(_products, key, launch)
+    workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
+    scales = (weight.absmax, weight.nested_absmax, weight.nested_map, weight.offset)
+    zeros = zeros_for(device, launch.counters)
+    launch(device, (left, words, *scales, out, down, up, bias, s, workspace, zeros, seed, tensor, number))
+    return out, s
+
+
+def _plan_launch(
+    left: Tensor,
+    weight: NF4Weight,
+    down: Tensor,
+    up: Tensor,
+    masked: bool,
+    threshold: int,
+    forward: bool,
+    precision: Precision,
+    kind: tuple[object, ...],
+    tiles: NF4Tiles | None,
+    parts: int | None,
+) -> launches.Launch:
+    (M, L), R, (N, K), chip = left.shape, down.shape[1], weight.shape, chip_of(left.device)
+    tiles = tiles or product_tiles(chip, M, forward)
+    plan = plan_product(chip, tiles, parts, M, L, N if forward else K, R, precision)
+    numbers = (threshold, M, N, K, R, plan.s_parts, plan.parts, left.stride(0), *down.stride(), *up.stride())
     columns = tiles.block_l if forward else tiles.block_c
     options = {
         "BLOCK_M": tiles.block_m,
@@ -214,21 +211,18 @@ def product(
         "FORWARD": forward,
         "EVEN_L": L % tiles.block_l == 0,
         "EVEN_K": K % columns == 0,
-        "MASKED": dropout is not None,
+        "MASKED": masked,
         "SPLIT": precision == "split",
-        "SHUFFLE": _has_shuffles(device),
+        "SHUFFLE": _has_shuffles(left.device),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         "maxnreg": tiles.max_registers,
         "enable_fp_fusion": False,
     }
-    kind = (
-        "nf4_product", device, dtype, precision, forward, N, K, R, weight.block_size, weight.double_quant, tiles, left.stride(0),
-        down.stride(), up.stride(), down.dtype, seed is None, None if scale_tensor is None else scale_tensor.dtype,
-        bias is not None and bias.dtype, launches.alignment(left, *weight.tensors(), down, up, bias),
-    )  # fmt: skip
-    launches.launch_kernel(nf4_product_kernel, kind, (plan.programs, 1, 1), arguments, options, None)
-    return out, s
+    grid = (plan.programs, 1, 1)
+    return launches.Launch(
+        nf4_product_kernel, (*kind, tiles), grid, options, None, plan.workspace_size, plan.counters, numbers
+    )
 
 
 def _words(packed: Tensor) -> Tensor:
