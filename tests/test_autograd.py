@@ -141,6 +141,22 @@ DY = {
 }
 
 
+def test_dy_of_a_sum_over_tokens(device: torch.device, backend: str) -> None:
+    tensors = make(device, *LEAVES)
+    x = tensors["x"].detach()[None].expand(2, -1, -1).clone().requires_grad_()
+    y = lora_linear(**(tensors | {"x": x}), scaling=2.0, backend=backend)
+    dy = torch.randn(2, 1, y.shape[2], device=device).expand(y.shape)
+    y.backward(dy)
+    want = tensors | {"x": x.detach().flatten(0, 1).requires_grad_()}
+    for name in ("lora_A", "lora_B"):
+        want[name] = tensors[name].detach().requires_grad_()
+    lora_linear(**want, scaling=2.0, backend=backend).backward(dy.reshape(-1, y.shape[2]))
+    assert x.grad is not None
+    assert torch.equal(x.grad.flatten(0, 1), want["x"].grad)
+    for name in ("lora_A", "lora_B"):
+        assert torch.equal(tensors[name].grad, want[name].grad)
+
+
 @pytest.mark.parametrize("kind", DY)
 def test_dy_of_any_strides(kind: str, device: torch.device, backend: str) -> None:
     tensors = make(device, *LEAVES)

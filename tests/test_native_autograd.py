@@ -170,6 +170,21 @@ def test_dy_of_any_kind(kind: str, path: LaunchPath) -> None:
     assert path.who() == {NATIVE}
 
 
+def pooled(y: Tensor) -> Tensor:
+    """The dy of a sum over tokens: the rows of a sequence lie in one place, and sequences apart."""
+    return torch.linspace(-1, 1, y[:, :1].numel()).to(y.dtype).view(y[:, :1].shape).expand(y.shape)
+
+
+def test_dy_of_a_sum_over_tokens(path: LaunchPath) -> None:
+    tensors = make(*LEAVES, sizes=(2, 3, 24, 40, 3))
+    plain = in_python(tensors)
+    dy = pooled(plain[0])  # type: ignore[arg-type]
+    want = in_python(tensors, dy=dy)
+    for _ in range(4):
+        assert_same(run(tensors), plain)
+        assert_same(run(tensors, dy=dy), want)
+
+
 def test_y_may_be_changed_in_place(path: LaunchPath) -> None:
     tensors = make(*LEAVES, sizes=(2, 5, 24, 40, 3))
     y = native_y(tensors)

@@ -253,6 +253,8 @@ def test_dy_of_more_dimensions(path: LaunchPath) -> None:
     dys = [torch.full((), 0.7, dtype=bf16).expand(y.shape) for y in layers()]
     assert_learned_call(path, layers, dys)
     assert_learned_call(path, layers, [dy_of(y).transpose(0, 1).contiguous().transpose(0, 1) for y in layers()])
+    # Of a sum over tokens.
+    assert_learned_call(path, layers, [dy_of(y)[:, :1].expand(y.shape) for y in layers()])
 
 
 def test_outputs_may_be_changed_in_place(layers: Layers, path: LaunchPath) -> None:

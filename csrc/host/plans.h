@@ -108,14 +108,16 @@ inline std::optional<int64_t> row_stride(const at::Tensor& tensor, int64_t rows,
     return tensor.stride(0);
   }
   if (tensor.is_contiguous()) return columns;
-  int64_t stride = 0, expected = 0;
+  std::optional<int64_t> stride;
+  int64_t expected = 0;
   for (int64_t dim = last - 1; dim >= 0; --dim) {
     if (tensor.size(dim) == 1) continue;
-    if (stride == 0) stride = expected = tensor.stride(dim);
+    if (!stride) stride = expected = tensor.stride(dim);
     if (tensor.stride(dim) != expected) return std::nullopt;
     expected *= tensor.size(dim);
   }
-  if (stride < columns) return std::nullopt;
+  // Less is an expanded tensor.
+  if (!stride || *stride < columns) return std::nullopt;
   return stride;
 }
 
