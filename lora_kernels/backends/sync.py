@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 
 import torch
@@ -14,6 +15,7 @@ _PIECE = 1 << 12
 # By device, stream and capture (0 outside of one).
 _pieces: dict[tuple[int, int, int], Tensor] = {}
 _slabs: dict[int, Tensor] = {}
+_lock = threading.Lock()
 
 
 def zeros_for(device: torch.device, count: int) -> Tensor:
@@ -32,11 +34,13 @@ def zeros_for(device: torch.device, count: int) -> Tensor:
     key = (device.index, stream, _capture_id(stream) if capturing else 0)
     piece = _pieces.get(key)
     if piece is None or piece.numel() < count:
-        piece = _cut(device, count, capturing)
-        if capturing and (piece is None or key[2] == 0):
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        assert piece is not None
-        _pieces[key] = piece
+        # No two streams may ever get the same piece.
+        with _lock:
+            piece = _cut(device, count, capturing)
+            if capturing and (piece is None or key[2] == 0):
+                return torch.zeros(count, dtype=torch.int32, device=device)
+            assert piece is not None
+            _pieces[key] = piece
     return piece
 
 
