@@ -221,6 +221,8 @@ def _require(
         ):
             or_else = {"weight": " or an NF4Weight", "bias": " or None"}.get(name, "")
             raise TypeError(f"{name} was {_kind(value)}, but must be a tensor{or_else}")
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            raise TypeError(f"{name} had layout {value.layout}, but must be dense (torch.strided)")
     if not isinstance(scaling, Tensor) and not is_number(scaling):
         raise TypeError(f"scaling was {_kind(scaling)}, but must be an int, a float or a tensor of one element")
     if not is_number(dropout_p):

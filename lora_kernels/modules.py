@@ -74,6 +74,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         adapter_dtype = adapter_dtype or dtype
+        _check_sizes(in_features, out_features)
         _check(r, alpha, dropout, dtype, adapter_dtype)
         _check_quantize(quantize)
         self.in_features, self.out_features = in_features, out_features
@@ -121,6 +122,7 @@ class LoRALinear(nn.Module):
         Raises:
             TypeError: `linear` is not a torch.nn.Linear, or its weight is quantized, sharded or else not a
                 plain matrix of bfloat16, float16 or float32.
+            ValueError: its bias does not fit its weight.
             ValueError: `init` is unknown, or "loftq" without quantize="nf4" or with an alpha that is not above 0.
             ValueError, TypeError: as for LoRALinear, and for NF4Weight.quantize.
         """
@@ -137,6 +139,11 @@ class LoRALinear(nn.Module):
             raise TypeError(
                 f"linear.weight was a {type(weight).__name__} {list(weight.shape)} of {weight.dtype}, "
                 f"but must be a plain torch.nn.Parameter {list(shape)} of one of {_BASE_NAMES}"
+            )
+        if bias is not None and (bias.shape != shape[:1] or bias.dtype not in (weight.dtype, torch.float32)):
+            raise ValueError(
+                f"linear.bias was {list(bias.shape)} of {bias.dtype}, "
+                f"but must be {list(shape[:1])} of {weight.dtype} or torch.float32"
             )
         layer = cls(
             linear.in_features,
@@ -194,11 +201,12 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             assert isinstance(self.weight, Tensor)
-            if not isinstance(self._unmerged, NF4Weight) or torch.is_autocast_enabled(x.device.type):
+            if torch.is_autocast_enabled(x.device.type):
                 return nn.functional.linear(x, self.weight, self.bias)
-            # Merged or not, x decides what is computed in, and not what the weight was quantized from.
+            # Merged or not, a bias may be float32, and x decides what is computed in if the weight was quantized.
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+            weight = self.weight.to(x.dtype) if isinstance(self._unmerged, NF4Weight) else self.weight
+            return nn.functional.linear(x, weight, bias)
         return lora_linear(
             x,
             self.weight,
@@ -244,7 +252,9 @@ class LoRALinear(nn.Module):
             self._set_weight(merged)
         else:
             self._unmerged = base.detach().clone()
-            base.data.copy_(merged)
+            # Seen by autograd: a backward that needs the weight as it was is an error.
+            with torch.no_grad():
+                base.copy_(merged)
 
     def unmerge(self) -> None:
         """Puts the weight's own bits back."""
@@ -252,7 +262,8 @@ class LoRALinear(nn.Module):
             self._set_weight(self._unmerged)
         elif self._unmerged is not None:
             assert not isinstance(self.weight, NF4Weight)
-            self.weight.data.copy_(self._unmerged)
+            with torch.no_grad():
+                self.weight.copy_(self._unmerged)
         self._unmerged = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALinear:
@@ -338,6 +349,14 @@ def _check_quantize(quantize: str | None) -> None:
         raise ValueError(f"quantize was {quantize!r}, but must be 'nf4' or None")
 
 
+def _check_sizes(in_features: int, out_features: int) -> None:
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} was a {type(value).__name__}, but must be an int")
+        if value < 0:
+            raise ValueError(f"{name} was {value}, but must be at least 0")
+
+
 def _check(r: int, alpha: float, dropout: float, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     if not isinstance(r, int) or isinstance(r, bool):
         raise TypeError(f"r was a {type(r).__name__}, but must be an int")
@@ -346,6 +365,8 @@ def _check(r: int, alpha: float, dropout: float, dtype: torch.dtype, adapter_dty
     for name, value in (("alpha", alpha), ("dropout", dropout)):
         if not is_number(value):
             raise TypeError(f"{name} was a {type(value).__name__}, but must be an int or a float")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha was {alpha}, but must be finite")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout was {dropout}, but must be from 0 to 1")
     if dtype not in BASE_DTYPES:

@@ -77,6 +77,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"bias": zeros(6)}, ValueError, ["bias had shape [6]", "[10]"]),
     ({"scaling": zeros(2)}, ValueError, ["scaling had shape [2]", "one element"]),
     ({"scaling": zeros(0)}, ValueError, ["scaling had shape [0]", "one element"]),
+    # Layouts.
+    ({"x": lambda d: torch.ones(4, 6, device=d).to_sparse()}, TypeError, ["x had layout torch.sparse_coo"]),
+    ({"weight": lambda d: torch.ones(10, 6, device=d).to_sparse_csr()}, TypeError, ["weight had layout torch.sparse"]),
+    ({"lora_A": lambda d: torch.ones(3, 6, device=d).to_sparse()}, TypeError, ["lora_A had layout torch.sparse_coo"]),
     # Devices.
     ({"x": zeros(4, 6, device="meta")}, ValueError, ["x was on the meta device"]),
     ({"weight": zeros(10, 6, device="meta")}, ValueError, ["weight was on meta", "x's device"]),

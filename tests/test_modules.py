@@ -81,6 +81,10 @@ BAD = [
     ({"r": 4.0}, TypeError, "r was a float, but must be an int"),
     ({"r": True}, TypeError, "r was a bool, but must be an int"),
     ({"alpha": "8"}, TypeError, "alpha was a str, but must be an int or a float"),
+    ({"alpha": float("nan")}, ValueError, "alpha was nan, but must be finite"),
+    ({"in_features": -1}, ValueError, "in_features was -1, but must be at least 0"),
+    ({"out_features": 4.0}, TypeError, "out_features was a float, but must be an int"),
+    ({"out_features": True}, TypeError, "out_features was a bool, but must be an int"),
     ({"dropout": None}, TypeError, "dropout was a NoneType, but must be an int or a float"),
     ({"dropout": 1.5}, ValueError, "dropout was 1.5, but must be from 0 to 1"),
     ({"dtype": torch.float64}, TypeError, "dtype was torch.float64, but must be one of torch.bfloat16"),
@@ -96,7 +100,7 @@ BAD = [
 @pytest.mark.parametrize(("options", "error", "message"), BAD, ids=lambda v: str(v))
 def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
-        LoRALinear(12, 20, **options)  # type: ignore[arg-type]
+        LoRALinear(**({"in_features": 12, "out_features": 20} | options))  # type: ignore[arg-type]
     assert caught.type is error
 
 
@@ -140,6 +144,10 @@ def test_from_linear_refuses_what_is_not_a_dense_layer() -> None:
     other.weight = Sharded(other.weight.detach())
     with pytest.raises(TypeError, match=r"linear\.weight was a Sharded"):
         LoRALinear.from_linear(other)
+    biased = nn.Linear(3, 4)
+    biased.bias = nn.Parameter(torch.zeros(7))
+    with pytest.raises(ValueError, match=r"linear\.bias was \[7\] of torch\.float32, but must be \[4\]"):
+        LoRALinear.from_linear(biased)
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     with pytest.raises(TypeError, match=r"linear\.weight was a Tensor"):
         LoRALinear.from_linear(normed)
@@ -164,6 +172,27 @@ def test_merge_and_unmerge(dtype: torch.dtype, device: torch.device) -> None:
     assert not layer.merged
     assert torch.equal(layer.weight, before), "unmerging gives the bits back"
     assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("change", ["merge", "unmerge"])
+def test_merging_between_forward_and_backward_is_an_error(change: str, device: torch.device) -> None:
+    layer, x = make(device), inputs(device).requires_grad_()
+    y = layer(x)
+    layer.merge()
+    if change == "unmerge":
+        layer.unmerge()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_float32_bias_stays_with_a_merged_layer(device: torch.device) -> None:
+    linear = nn.Linear(24, 16, device=device).to(torch.bfloat16)
+    linear.bias = nn.Parameter(torch.randn(16, device=device))
+    layer = LoRALinear.from_linear(linear, r=3)
+    x = torch.randn(5, 24, device=device, dtype=torch.bfloat16)
+    y = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), y, rtol=2e-2, atol=2e-2)
 
 
 def test_merging_is_exact_under_autocast(device: torch.device) -> None:
