@@ -27,7 +27,10 @@ class BuildWithSources(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            shutil.copytree(ROOT / "csrc", Path(self.build_lib, "lora_kernels", "csrc"), dirs_exist_ok=True)
+            copy = Path(self.build_lib, "lora_kernels", "csrc")
+            # What an earlier build left there may have lost its original since.
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(ROOT / "csrc", copy)
 
 
 def wanted(variable: str) -> bool:

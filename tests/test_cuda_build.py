@@ -252,11 +252,13 @@ def test_a_package_holds_the_sources(tmp_path: Path) -> None:
     """What `pip install .` copies, as far as setuptools decides it: csrc is inside, and the checkout stays clean."""
     copy = tmp_path / "checkout"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "tests", "bench"))
+    packed = tmp_path / "lib" / "lora_kernels" / "csrc"
+    packed.mkdir(parents=True)
+    (packed / "gone.cu").write_text("// Of an earlier build.")
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")],
         cwd=copy, check=True, capture_output=True,
     )  # fmt: skip
-    packed = tmp_path / "lib" / "lora_kernels" / "csrc"
     assert {p.name for p in packed.iterdir()} == {p.name for p in (ROOT / "csrc").iterdir()}
     assert cuda_build.digest_of(packed, []) == cuda_build._source_digest()
     assert not (copy / "lora_kernels" / "csrc").exists()
