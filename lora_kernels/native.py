@@ -56,9 +56,10 @@ def noting(learn: bool, backend: Backend, x: Tensor) -> AbstractContextManager[l
     """Notes the launches of a call on x, if it is to be learned and can be."""
     if not learn or backend.name != "triton" or x.device.type != _device_type or _extension() is None:
         return nullcontext()
-    from lora_kernels.backends.triton import launches
+    from lora_kernels.backends.triton import ahead, launches
 
-    return launches.noting()
+    # A rehearsal launches nothing that could be noted.
+    return nullcontext() if ahead.rehearsing() else launches.noting()
 
 
 def learn_linear(

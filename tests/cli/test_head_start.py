@@ -1,7 +1,9 @@
-"""`finetune` compiles while it loads: a model of one layer takes a step, with the kernels of the whole one."""
+"""`finetune` compiles while it loads: a model of one layer is rehearsed, with the kernels of the whole one."""
 
-import time
-from typing import Any
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_kernels import apply_lora_kernels
 from lora_kernels.cli.finetune import head_start as module
-from lora_kernels.cli.finetune.head_start import head_start, one_layer, step
+from lora_kernels.cli.finetune.head_start import forward, head_start, one_layer
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CONFIG = LlamaConfig(
@@ -38,46 +40,68 @@ def _layers(model: PeftModel) -> dict[str, tuple[int, ...]]:
     return {n: tuple(p.shape) for n, p in model.named_parameters() if ".layers.0." in n}
 
 
-def test_a_step_of_one_layer_gives_gradients_to_adapters_of_the_whole_models_shapes() -> None:
+def test_one_layer_has_the_whole_models_shapes() -> None:
     small = one_layer(CONFIG, _lora(), torch.bfloat16, CPU)
     assert not apply_lora_kernels(small).not_fused
     whole = get_peft_model(AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16), _lora())
     assert _layers(small) == _layers(whole)
     assert not any(".layers.1." in name for name, _ in small.named_parameters())
     assert CONFIG.num_hidden_layers == 3
-    step(small, TOKENS, torch.bfloat16)
-    adapters = {n: p for n, p in small.named_parameters() if p.requires_grad}
-    assert len(adapters) == 2 * 7
-    assert all(p.dtype == torch.float32 and p.grad is not None for p in adapters.values())
+    forward(small, TOKENS, torch.bfloat16)
 
 
-def test_the_step_is_over_when_the_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[Any] = []
-
-    def slow(model: PeftModel, tokens: tuple[int, int], dtype: torch.dtype) -> None:
-        time.sleep(0.2)
-        events.append((tokens, dtype))
-
-    monkeypatch.setattr(module, "step", slow)
-    with head_start(CONFIG, _lora(), TOKENS, torch.bfloat16, lambda model: events.append("fused"), META):
-        events.append("loaded")
-    events.append("after")
-    assert events == ["fused", "loaded", (TOKENS, torch.bfloat16), "after"]
-
-
-@pytest.mark.parametrize("where", ["fuse", "step"])
-def test_what_fails_in_it_is_left_to_training(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_in_it_is_left_to_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: object) -> None:
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(module, "step", fails)
-    loaded = False
-    with head_start(CONFIG, _lora(), TOKENS, torch.bfloat16, fails if where == "fuse" else lambda model: None, META):
-        loaded = True
-    assert loaded
+    monkeypatch.setattr(module, "one_layer", fails)
+    head_start(CONFIG, _lora(), TOKENS, torch.bfloat16, lambda model: None, META)
 
 
 def test_on_a_cpu_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "one_layer", lambda *arguments: pytest.fail("built a model"))
-    with head_start(CONFIG, _lora(), TOKENS, torch.float32, lambda model: None, CPU):
-        pass
+    head_start(CONFIG, _lora(), TOKENS, torch.float32, lambda model: None, CPU)
+
+
+@pytest.mark.gpu
+def test_every_kernel_of_a_layer_is_being_compiled(tmp_path: Path) -> None:
+    """In a process of its own, with a cache of its own."""
+    script = """
+import threading
+import torch, triton
+from peft import LoraConfig
+from transformers import LlamaConfig
+from lora_kernels import apply_lora_kernels
+from lora_kernels.cli.finetune.head_start import head_start, one_layer
+
+compiled = []
+def listen(src, metadata, metadata_group, times, cache_hit):
+    if not cache_hit:
+        compiled.append((threading.current_thread() is threading.main_thread(), src.fn.__name__))
+triton.knobs.compilation.listener = listen
+
+sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=100)
+config = LlamaConfig(num_hidden_layers=2, **sizes)
+lora = lambda: LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+gpu, dtype = torch.device("cuda", 0), torch.bfloat16
+head_start(config, lora(), (2, 32), dtype, apply_lora_kernels, gpu)
+assert not any(main for main, _ in compiled)
+
+model = one_layer(config, lora(), dtype, gpu)
+apply_lora_kernels(model)
+model.train()
+ids = torch.zeros(2, 32, dtype=torch.int64, device=gpu)
+with torch.autocast("cuda", dtype):
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+for p in model.parameters():
+    assert not p.requires_grad or p.grad.isfinite().all()
+# But for those of an activation, which take no time.
+print(sorted(name for main, name in compiled if main), sorted(name for main, name in compiled if not main))
+"""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    here, ahead = map(str.strip, done.stdout.strip().replace("] [", "]|[").split("|"))
+    assert here == "['gated_backward_kernel']"
+    for name in ("group_forward", "group_input", "group_grads", "one_pass", "adapter_grads", "gated_forward"):
+        assert f"{name}_kernel" in ahead

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -54,6 +54,17 @@ def followed_by(backward: Callable[[], object] | None) -> Iterator[None]:
         _local.backward = before
 
 
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """This thread's launches inside of the `with` block are not made, but prepared, and with them what follows."""
+    before = rehearsing()
+    _local.rehearsing = True
+    try:
+        yield
+    finally:
+        _local.rehearsing = before
+
+
 def rehearsing() -> bool:
     """Whether this thread's launches are not to be made, but to be prepared."""
     return getattr(_local, "rehearsing", False)
@@ -67,18 +78,18 @@ def prepare(
         _compiling[kind] = _threads().submit(_compile, kernel, device, arguments, options)
 
 
-def before_compiling(kernel: Any, kind: tuple[object, ...]) -> None:
-    """Rehearses what will follow a kernel that this thread is about to compile, and waits if another thread is at it."""
+def rehearse_what_follows(kernel: Any) -> None:
+    """The rehearsal of what follows a kernel that is new."""
     backward, _local.backward = getattr(_local, "backward", None), None
-    if backward is not None and isinstance(kernel, triton.JITFunction) and _compiles_in_threads():
-        _local.rehearsing = True
-        try:
-            backward()
-        except torch.OutOfMemoryError:
-            # The kernels of this backward will be compiled where they are launched, if it comes to that.
-            pass
-        finally:
-            _local.rehearsing = False
+    if backward is None or not isinstance(kernel, triton.JITFunction) or not compiles_in_threads():
+        return
+    # Without room for it, its kernels will be compiled where they are launched, if it comes to that.
+    with rehearsal(), suppress(torch.OutOfMemoryError):
+        backward()
+
+
+def wait_for(kind: tuple[object, ...]) -> None:
+    """Waits if another thread is compiling a kernel."""
     future = _compiling.pop(kind, None)
     if future is not None:
         # If it failed, so will this thread, and say why.
@@ -96,6 +107,6 @@ def _threads() -> ThreadPoolExecutor:
 
 
 @cache
-def _compiles_in_threads() -> bool:
+def compiles_in_threads() -> bool:
     """Whether this Triton is meant to: older releases have nothing that does."""
     return importlib.util.find_spec("triton.runtime._async_compile") is not None

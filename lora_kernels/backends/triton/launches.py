@@ -98,6 +98,8 @@ def launch_kernel(
     """
     kind = (*kind, options.get("PRECISION"))
     new = kind not in _direct_kernels
+    if new:
+        ahead.rehearse_what_follows(kernel)
     if ahead.rehearsing():
         if new:
             stand_ins = tuple(ahead.StandIn(a) if isinstance(a, Tensor) else a for a in arguments)
@@ -109,7 +111,7 @@ def launch_kernel(
         direct(grid, _stream(kind[1]), arguments)  # type: ignore[arg-type]
         return direct
     if new:
-        ahead.before_compiling(kernel, kind)
+        ahead.wait_for(kind)
     compiled = kernel[grid](*_described(arguments, blocks), **options)
     if new:
         direct = direct_kernel(compiled)

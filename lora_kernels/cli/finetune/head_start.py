@@ -1,10 +1,8 @@
 """Has the kernels of a training step compiled while the weights are being loaded."""
 
 import copy
-import gc
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from lora_kernels.selftest import failures
 _VOCABULARY = 16
 
 
-@contextmanager
 def head_start(
     config: Any,
     lora: LoraConfig,
@@ -24,11 +21,11 @@ def head_start(
     dtype: torch.dtype,
     fuse: Callable[[PeftModel], object],
     device: torch.device,
-) -> Iterator[None]:
-    """Inside of the `with` block a model of one layer, with weights that mean nothing, takes a training step.
+) -> None:
+    """Rehearses a training step of a model of one layer, whose kernels are those of the whole model.
 
-    Its kernels are those of the whole model, and compiling them takes longer than all else before the second step. It
-    is there for their sake alone: what fails here fails again in training, or matters to nobody.
+    They are compiled on other threads from then on, which takes longer than anything else before the second step. It is
+    there for their sake alone: what fails here fails again in training, or matters to nobody.
 
     Args:
         config: of the whole model.
@@ -38,21 +35,15 @@ def head_start(
         device: on a CPU nothing is compiled, and nothing happens.
     """
     if device.type == "cpu" or not hasattr(config, "num_hidden_layers"):
-        yield
         return
-    model = None
-    # Made here, because transformers and PyTorch build models under settings that all threads share.
     with suppress(*failures()):
-        model = one_layer(config, lora, dtype, device)
-        fuse(model)
-    thread = threading.Thread(target=_step_and_forget, args=([model], tokens, dtype), name="head start")
-    del model
-    thread.start()
-    try:
-        yield
-    finally:
-        # Before anything draws random numbers, as the step does.
-        thread.join()
+        from lora_kernels.backends.triton import ahead
+
+        if ahead.compiles_in_threads():
+            model = one_layer(config, lora, dtype, device)
+            fuse(model)
+            with ahead.rehearsal():
+                forward(model, tokens, dtype)
 
 
 def one_layer(config: Any, lora: LoraConfig, dtype: torch.dtype, device: torch.device) -> PeftModel:
@@ -67,23 +58,10 @@ def one_layer(config: Any, lora: LoraConfig, dtype: torch.dtype, device: torch.d
     return model
 
 
-def step(model: PeftModel, tokens: tuple[int, int], dtype: torch.dtype) -> None:
-    """A training step but for the optimizer's, as Trainer makes it."""
+def forward(model: PeftModel, tokens: tuple[int, int], dtype: torch.dtype) -> None:
+    """The forward of a training step, as Trainer makes it."""
     device = next(model.parameters()).device
     ids = torch.zeros(tokens, dtype=torch.int64, device=device)
     model.train()
     with torch.autocast(device.type, dtype):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    loss.backward()
-
-
-def _step_and_forget(models: list[PeftModel | None], tokens: tuple[int, int], dtype: torch.dtype) -> None:
-    model = models.pop()
-    if model is None:
-        return
-    with suppress(*failures()):
-        step(model, tokens, dtype)
-        torch.cuda.synchronize()
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
+        model(input_ids=ids, use_cache=False)

@@ -2,7 +2,10 @@
 
 import importlib.util
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,25 @@ class ModelSource:
         if self.gguf_file is not None:
             arguments["gguf_file"] = self.gguf_file
         return arguments
+
+
+@contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Inside of the `with` block a GGUF file is read once, and not anew for configuration, tokenizer and weights.
+
+    Reading one is seconds of gguf's Python; whatever transformers asks for then comes from the same reader.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def find_model(argument: str | None) -> ModelSource:

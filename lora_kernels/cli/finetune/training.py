@@ -70,8 +70,8 @@ def execute(job: Job, run: Run, *, fuse: Callable[[PeftModel], dict[str, str | N
     options = job.options
     weights_dtype, autocast = precision(job.device)
     tokens = (options.batch, options.seq)
-    with head_start(job.config, lora_config(options), tokens, weights_dtype, fuse, job.device):
-        base = load_model(job.source, job.config, weights_dtype, options.quantize)
+    head_start(job.config, lora_config(options), tokens, weights_dtype, fuse, job.device)
+    base = load_model(job.source, job.config, weights_dtype, options.quantize)
     set_seed(options.seed)
     model = get_peft_model(base, lora_config(options))
 
