@@ -60,6 +60,22 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def compiled_cuda() -> None:
+    """For tests of the CUDA backend by name: they are skipped where it cannot be compiled, which the run's end says."""
+    why = _why_no_cuda() if HAS_GPU else "there is no GPU"
+    if why is not None:
+        pytest.skip(why)
+
+
+@pytest.fixture(autouse=True)
+def named_backend(request: pytest.FixtureRequest) -> None:
+    """Of tests that are parametrized with backends by name."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("backend") == "cuda":
+        request.getfixturevalue("compiled_cuda")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations() -> Iterator[None]:
     """torch.empty gives NaN, so that an element that no tile wrote is seen."""

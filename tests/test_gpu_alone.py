@@ -15,7 +15,7 @@ from test_gpu_groups import LARGE
 from test_gpu_kernels import CASE, forward
 from test_group_kernels import computed
 
-from lora_kernels import LoRALinear
+from lora_kernels import LoRALinear, NF4Weight, lora_linear
 
 if HAS_GPU:
     from contention import while_held
@@ -28,6 +28,22 @@ def test_a_layer_finishes_while_another_kernel_holds_multiprocessors(held: int) 
     expected = forward(CASE)
     for value, want in zip(while_held(held, lambda: forward(CASE)), expected, strict=True):
         assert torch.equal(value, want)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("held", [32, 110, 128])
+def test_the_cuda_backend_finishes_beside_it_as_well(held: int, nf4: bool, compiled_cuda: None) -> None:
+    """Its kernel for Hopper waits for S inside of a launch, as does the one that streams NF4 weights."""
+    case = replace(CASE, M=8) if nf4 else CASE
+    t = case.tensors(torch.device("cuda", 0))
+    weight = NF4Weight.quantize(t.weight) if nf4 else t.weight
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return lora_linear(t.x, weight, t.lora_A, t.lora_B, scaling=2.0, backend="cuda")
+
+    expected = call()
+    assert torch.equal(while_held(held, call), expected)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

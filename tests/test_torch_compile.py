@@ -46,9 +46,10 @@ def assert_same(left: list[Tensor], right: list[Tensor]) -> None:
 # The graph is the same for every compiler: inductor compiles it once with dropout and once without.
 GRAPHS = [("aot_eager", b, p, t) for b in ("eager", "triton") for p in (0.0, 0.4) for t in (False, True)]
 GRAPHS += [("inductor", "eager", p, False) for p in (0.0, 0.4)]
+ON_CUDA = [pytest.param("aot_eager", "cuda", p, t, marks=pytest.mark.gpu) for p in (0.0, 0.4) for t in (False, True)]
 
 
-@pytest.mark.parametrize(("compiler", "backend", "p", "tensor"), GRAPHS)
+@pytest.mark.parametrize(("compiler", "backend", "p", "tensor"), GRAPHS + ON_CUDA)
 def test_one_graph_with_the_values_of_eager_code(
     compiler: str, backend: str, p: float, tensor: bool, device: torch.device
 ) -> None:
