@@ -44,7 +44,8 @@ def lora_linear(
         lora_A: [r, K], in x's dtype or float32; r from 1 to 512.
         lora_B: [N, r], in lora_A's dtype.
         scaling: alpha / r as a rule; an int or a float, or a real tensor of one element, of any shape, on x's
-            device. Not differentiated.
+            device. Not differentiated. torch.compile makes a number a constant of its graph, as it does with
+            dropout_p: give a tensor where many values come.
         bias: [N] or None, in x's dtype or float32.
         dropout_p: an int or a float from 0 to 1, in force rounded to a multiple of 2^-16. Ignored where
             `training` is False.
