@@ -17,19 +17,15 @@ import pytest
 import torch
 
 from lora_kernels.cli.bench.cases import Case, Operands
-from lora_kernels.cli.bench.check import Exact, check
 from lora_kernels.cli.bench.clock import FLUSH_BYTES
-from lora_kernels.cli.bench.layers import PARTS, step_of
+from lora_kernels.cli.bench.layers import PARTS, checked, step_of
 from lora_kernels.cli.bench.providers import PROVIDERS, Layer, Missing
 
 
 @pytest.fixture(params=list(PROVIDERS))
 def layer(request: pytest.FixtureRequest, operands: Operands) -> Layer:
-    provider = PROVIDERS[request.param]
     try:
-        checked = provider.make(operands, 0.0)
-        check(checked, operands, Exact.of(operands, provider.lora))
-        return provider.make(operands, operands.case.dropout)
+        return checked(PROVIDERS[request.param], operands, {})
     except Missing as missing:
         pytest.skip(f"{request.param}: {missing}")
 

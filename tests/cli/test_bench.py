@@ -269,7 +269,6 @@ def test_interrupt_leaves_what_was_finished(tmp_path: Path) -> None:
         (["--memory"], "--memory: only a GPU's memory is accounted for"),
         (["--quick", "--suite", "m"], "not allowed with"),
         (["--baseline", "/nosuch"], "/nosuch: cannot be read"),
-        (["--plot", "/nosuch"], "/nosuch: cannot be read"),
         (["--samples", "1"], "--samples: must be a whole number from 2 up"),
     ],
 )
@@ -282,6 +281,28 @@ def test_refusals_come_before_any_measurement(
     assert captured.err.count("\n") == 1
     assert message in captured.err
     assert instant == []
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    ["--m 8", "--ranks 8", "--dropout 0", "--dtype float32", "--adapters float32", "--nf4", "--regimes warm",
+     "--launches graph", "--samples 5", "--cpu-time", "--memory", "--layers 2", "--batch 1", "--seq 8", "--rank 8",
+     "--quantize nf4", "--no-checkpointing", "--steps 2", "--providers peft", "--device cpu", "--baseline /nosuch",
+     "--note text", "--no-plots"],
+)  # fmt: skip
+def test_plot_refuses_what_it_would_ignore(ignored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _sweep().write(tmp_path)
+    argv = ["bench", "--plot", str(tmp_path / RESULTS_FILE), "--out", str(tmp_path / "out"), *ignored.split()]
+    assert main(argv) == 2
+    name = ignored.split()[0]
+    expected = f"lora_kernels: error: {name} does not go with --plot, which measures nothing\n"
+    assert capsys.readouterr() == ("", expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_plot_of_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--plot", "/nosuch", "--out", str(tmp_path)]) == 2
+    assert "/nosuch: cannot be read" in capsys.readouterr().err
 
 
 def test_unwritable_output(instant: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -371,6 +392,23 @@ def test_the_crossover() -> None:
     from lora_kernels.cli.bench.plots import _crossovers
 
     assert _crossovers([m for m in _sweep().measurements if m.part == "forward"]) == [64]
+
+
+def test_the_floor_of_a_run_with_nf4_alone_is_drawn_and_crossed() -> None:
+    """As of `--nf4 --shapes ...`: the frozen 16-bit layer was measured in turn with them."""
+    from lora_kernels.cli.bench.plots import _crossovers, _lines
+
+    forward = [m for m in _sweep().measurements if m.part == "forward"]
+    quantized = [replace(m, case=replace(m.case, nf4=True)) for m in forward]
+    assert _crossovers(quantized) == [64]
+    lines = {label: (style, line) for label, style, _, line in _lines(quantized)}
+    assert set(lines) == {"frozen", "triton, NF4"}
+    assert lines["frozen"] == ("o-", {M: 50 + M / 10 for M in (1, 16, 64, 256)})
+    # Where both were measured, it is the one that took turns with NF4.
+    slower = [replace(m, times=Times(90.0, 90.0, 90.0, 30)) for m in forward if m.provider == "frozen"]
+    assert _crossovers([*quantized, *slower]) == [64]
+    [(_, _, _, floor)] = [found for found in _lines([*quantized, *slower]) if found[0] == "frozen"]
+    assert floor == lines["frozen"][1]
 
 
 def test_plot_draws_earlier_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

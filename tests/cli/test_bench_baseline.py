@@ -126,6 +126,18 @@ def test_a_figure_that_is_gone_is_worse() -> None:
     assert "has no time any more: wrong answer: dA" in line
 
 
+def test_memory_that_is_gone_is_worse() -> None:
+    """As of a run with --memory, which has no times."""
+    floor, triton = (measurement(name, 0.0, times=None, regime="memory") for name in ("frozen", "triton"))
+    wrong = replace(triton, peak_bytes=None, reason="wrong answer: y")
+    comparison = compare(results(floor, triton), results(floor, wrong))
+    [line] = comparison.worse
+    assert "triton, step, memory, graph: has no peak memory any more: wrong answer: y" in line
+    timed, gone = model("triton", 1e6), replace(model("triton", 0.0), times=None, peak_bytes=None, reason="no room")
+    [line] = compare(results(models=(timed,)), results(models=(gone,))).worse
+    assert line.endswith("triton: has no time and no peak memory any more: no room")
+
+
 def test_memory_and_models_are_compared() -> None:
     before = results(measurement("frozen", 800.0), measurement("triton", 880.0), models=(model("frozen", 1e6), model("triton", 1.1e6)))  # noqa: E501
     now = results(

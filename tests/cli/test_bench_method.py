@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from terminal import on_a_terminal
 
 from lora_kernels import lora_linear
 from lora_kernels.cli.bench import providers
 from lora_kernels.cli.bench.cases import SCALING, SUITES, Case, Operands
 from lora_kernels.cli.bench.check import Exact, check
 from lora_kernels.cli.bench.clock import CpuClock, Sample, Step, Times, interleaved
-from lora_kernels.cli.bench.layers import Plan, measure_case
+from lora_kernels.cli.bench.layers import Plan, checked, measure_case
+from lora_kernels.cli.bench.progress import Progress
 from lora_kernels.cli.bench.providers import FLOOR, PROVIDERS, Layer, Missing, Provider, WrongAnswer
 from lora_kernels.cli.bench.roofline import Ceilings, Work, measure_ceilings, work_of
 from lora_kernels.cli.bench.shapes import MODELS, projection_shapes
+from lora_kernels.dropout import keep_mask
 from lora_kernels.reference import lora_linear_reference
 
 CASE = Case(17, 48, 40, rank=3, dtype="float32", adapters="float32")
@@ -222,6 +227,99 @@ def test_with_dropout_the_timed_layer_drops(monkeypatch: pytest.MonkeyPatch) -> 
     found = list(measure_case(dropping, _plan("eager"), {}))
     assert asked == [0.0, 0.25]
     assert all(m.times is not None for m in found)
+
+
+DROPPING = replace(CASE, M=5000, dropout=0.25)
+
+
+@pytest.mark.parametrize("case", [DROPPING, replace(DROPPING, M=63, others=(17, 63))])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_our_own_layers_are_checked_with_their_masks(case: Case, dtype: str) -> None:
+    operands = Operands.make(replace(case, dtype=dtype, adapters=dtype), CPU)
+    exact: dict[tuple[bool, float], Exact] = {}
+    layer = checked(PROVIDERS["eager"], operands, exact)
+    [((lora, p), values)] = exact.items()
+    assert (lora, p) == (True, 0.25)
+    # What was checked is what is timed: it drops, and at the next call something else.
+    assert not torch.equal(layer.forward(operands.x)[0], layer.forward(operands.x)[0])
+    check(layer, operands, values)
+    with pytest.raises(WrongAnswer):
+        check(PROVIDERS["eager"].make(operands, 0.2), operands, values)
+    with pytest.raises(WrongAnswer):
+        check(layer, operands, Exact.of(operands, True))
+
+
+@pytest.mark.parametrize("others", [(), (17, 63)])
+def test_exact_with_dropout_is_the_float64_reference(others: tuple[int, ...]) -> None:
+    operands = Operands.make(replace(DROPPING, others=others), CPU)
+    exact = Exact.of(operands, True, 0.25).values
+    generator = torch.Generator().manual_seed(0)
+    x = operands.x.detach().double().requires_grad_()
+    dx = torch.zeros_like(x)
+    for index, member in enumerate(operands.members):
+        keep = keep_mask(torch.randint(0, 2**62, (1,), generator=generator), 5000, 48, 0.25)
+        A, B = (t.detach().double().requires_grad_() for t in (member.lora_A, member.lora_B))
+        masked = {"scaling": SCALING, "keep": keep, "dropout_p": 0.25}
+        y = lora_linear_reference(x, member.weight.double(), A, B, **masked)  # type: ignore[arg-type]
+        own_dx, dA, dB = torch.autograd.grad(y, (x, A, B), member.dy.double())
+        dx += own_dx
+        for name, expected in (("y", y), ("dA", dA), ("dB", dB)):
+            found = exact[f"{name}[{index}]" if others else name]
+            torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(exact["dx"].double(), dx, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [replace(CASE, dropout=0.25), replace(GROUP, dropout=0.25)])
+@pytest.mark.parametrize("wrong", ["y", "gradient", "mask"])
+def test_what_is_wrong_only_with_dropout_gets_no_time(
+    case: Case, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(compute: Any) -> Any:
+        def run(x: torch.Tensor, *arguments: Any, dropout_p: float, **options: Any) -> Any:
+            if wrong == "mask" and dropout_p:
+                torch.rand(1)
+            ys = compute(x, *arguments, dropout_p=dropout_p, **options)
+            if not dropout_p or wrong == "mask":
+                return ys
+            first, *rest = [ys] if isinstance(ys, torch.Tensor) else ys
+            first = first + 0.01 * first.detach() if wrong == "y" else _Corrupted.apply(first, 1.01)
+            return [first, *rest] if rest else first
+
+        return run
+
+    monkeypatch.setattr(providers, "lora_linear", spoiled(providers.lora_linear))
+    monkeypatch.setattr(providers, "lora_linear_group", spoiled(providers.lora_linear_group))
+    found = {(m.provider, m.part): m for m in measure_case(case, _plan(FLOOR, "peft", "eager"), {})}
+    for part in ("forward", "step"):
+        assert found["peft", part].times is not None
+        assert found["eager", part].times is None
+        assert "wrong answer: " in str(found["eager", part].reason)
+    # Without dropout nothing is wrong.
+    assert all(m.times for m in measure_case(replace(case, dropout=0.0), _plan(FLOOR, "eager"), {}))
+
+
+def test_progress_within_a_case() -> None:
+    told: list[tuple[str, float]] = []
+    plan = replace(_plan(FLOOR, "eager"), stage=lambda what, done: told.append((what, done)))
+    list(measure_case(CASE, plan, {}))
+    assert told == [
+        ("checking frozen", 0.0),
+        ("checking eager", pytest.approx(1 / 6)),
+        *[("cpu, eager, forward", pytest.approx(1 / 3 + taken / 9)) for taken in range(4)],
+        *[("cpu, eager, step", pytest.approx(2 / 3 + taken / 9)) for taken in range(4)],
+    ]
+
+
+def test_the_bar_moves_within_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_a_terminal(monkeypatch)
+    progress = Progress([CASE, GROUP], "measuring")
+    for _ in progress:
+        progress.stage("checking eager", 0.0)
+        progress.stage("warm, graph, step", 0.5)
+    shown = terminal.getvalue()
+    assert re.search(r"measuring:  25%.* 0\.5/2 cases .*17x48x40 r3 float32, warm, graph, step", shown)
+    assert re.search(r"measuring:  50%.* 1\.0/2 cases .*17x48x40\+17\+63 r3 float32, checking eager", shown)
+    assert re.search(r"measuring: 100%.* 2\.0/2 cases ", shown)
 
 
 def test_nf4_everybody_has_the_same_weight() -> None:

@@ -231,6 +231,25 @@ def test_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wrong answer: the gradient of" in str(eager.reason)
 
 
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_a_wrong_scaling_gets_no_time(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = models._with_adapters
+
+    def spoiled(model: Any, rank: int, provider: ModelProvider, dropout: float) -> Any:
+        found = adapted(model, rank, provider, dropout)
+        for module in found.modules() if provider.backend else ():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling["default"] *= factor
+        return found
+
+    monkeypatch.setattr(models, "_with_adapters", spoiled)
+    training = Training(SETTING, _base(), TINY.vocabulary)
+    for name in ("peft", "eager"):
+        training.prepare(name)
+    assert training.entries["peft"].reason is None
+    assert "wrong answer: the gradient of" in str(training.entries["eager"].reason)
+
+
 def test_nan_is_a_wrong_gradient() -> None:
     with pytest.raises(WrongAnswer):
         _check({"a": torch.ones(2), "b": torch.full((2,), float("nan"))}, {"a": torch.ones(2), "b": torch.ones(2)})

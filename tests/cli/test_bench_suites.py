@@ -17,7 +17,7 @@ def test_the_suites_run() -> None:
     # A worker of pytest-xdist tells its children so, and pytest-benchmark measures nothing in those.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "bench", "--suite", "tiny", "-k", only, "-rs"],
+        [sys.executable, "-m", "pytest", "bench", "--suite", "tiny", "-k", only],
         cwd=ROOT,
         capture_output=True,
         text=True,

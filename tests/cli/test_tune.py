@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from terminal import on_a_terminal
 
 from lora_kernels.backends.triton import tiles as tiles_module
 from lora_kernels.backends.triton import tuned
@@ -259,7 +262,10 @@ def test_a_wrong_configuration_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(measure.launch, "one_pass", spoiled)
     for problem in measure.OnePass.of(operands):
-        found = measure.measure_one_pass(problem, [good, wrong], CpuClock("cpu"), 2)
+        told: list[float] = []
+        found = measure.measure_one_pass(problem, [good, wrong], CpuClock("cpu"), 2, told.append)
+        # The check of each configuration, and the samples of the one that is right.
+        assert told == pytest.approx([0.0, 0.4, 0.8, 0.9, 1.0])
         assert isinstance(found[good], Times)
         assert str(found[wrong]).startswith("wrong answer: off by 1.0e-01")
 
@@ -272,7 +278,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     state = SimpleNamespace(stop_after=99, measured=0)
 
-    def measure(problem: object, tried: Any, clock: object, samples: int) -> dict[Any, Times]:
+    def measure(problem: object, tried: Any, clock: object, samples: int, progress: Any) -> dict[Any, Times]:
         if state.measured == state.stop_after:
             raise KeyboardInterrupt
         state.measured += 1
@@ -371,6 +377,42 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert main(["tune"]) == 2
     assert capsys.readouterr().err == "lora_kernels: error: tune needs a GPU that torch can use, and there is none\n"
+
+
+def test_shapes_have_their_own_m(
+    instant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TWO, str(tmp_path / "table.json"), "--m", "8"]) == 2
+    assert capsys.readouterr().err == "lora_kernels: error: --m goes with --projections: --shapes has its own\n"
+    assert instant.measured == 0
+
+
+def test_tokens_of_projections() -> None:
+    from lora_kernels.cli.main import build_parser
+    from lora_kernels.cli.tune.command import _cases
+
+    def tokens(*argv: str) -> set[int]:
+        return {case.M for case in _cases(build_parser().parse_args(["tune", *argv]))}
+
+    assert tokens() == {512, 2048, 8192}
+    assert tokens("--m", "8", "16") == {8, 16}
+    assert tokens("--shapes", "33x64x48") == {33}
+
+
+def test_progress_names_what_is_measured(instant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kernels.cli.tune import tuning
+
+    def measure(problem: object, tried: Any, clock: object, samples: int, progress: Any) -> dict[Any, Times]:
+        progress(0.5)
+        return {tiles: _times(10.0) for tiles in tried}
+
+    for name in ("measure_one_pass", "measure_grads"):
+        monkeypatch.setattr(tuning, name, measure)
+    terminal = on_a_terminal(monkeypatch)
+    assert main([*TWO, str(tmp_path / "table.json")]) == 0
+    shown = terminal.getvalue()
+    for percent, what in ((8, "forward"), (25, "dx"), (42, "adapter gradients")):
+        assert re.search(rf"measuring: +{percent}%.*33x64x48 r3 bfloat16, {what}", shown), shown
 
 
 def test_unwritable_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

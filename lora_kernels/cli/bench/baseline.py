@@ -84,10 +84,11 @@ def _compare_figures(comparison: Comparison, baseline: Sequence[Figure], now: Se
             continue
         comparison.compared += 1
         _compare_memory(comparison, before, figure)
-        if before.times is None:
-            continue
-        if figure.times is None:
-            comparison.worse.append(f"{_name(figure)}: has no time any more: {figure.reason}")
+        lost = _lost(before, figure)
+        if lost:
+            why = f": {figure.reason}" if figure.reason else ""
+            comparison.worse.append(f"{_name(figure)}: has no {' and no '.join(lost)} any more{why}")
+        if before.times is None or figure.times is None:
             continue
         floor_before, floor_now = floors_before.get(_place(figure)), floors_now.get(_place(figure))
         if floor_before is not None and floor_now is not None:
@@ -105,6 +106,11 @@ def _compare_figures(comparison: Comparison, baseline: Sequence[Figure], now: Se
 
 def _has_figure(figure: Figure) -> bool:
     return figure.times is not None or figure.peak_bytes is not None
+
+
+def _lost(before: Figure, figure: Figure) -> list[str]:
+    pairs = {"time": (before.times, figure.times), "peak memory": (before.peak_bytes, figure.peak_bytes)}
+    return [name for name, (earlier, now) in pairs.items() if earlier is not None and now is None]
 
 
 def _compare_times(

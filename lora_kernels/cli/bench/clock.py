@@ -69,8 +69,14 @@ class Clock(Protocol):
     def between(self) -> None: ...
 
 
-def interleaved(steps: dict[str, Step], clock: Clock, samples: int) -> dict[str, Times | str]:
-    """The times of each step, one sample of each in turn; or what its preparation raised, as text."""
+def interleaved(
+    steps: dict[str, Step], clock: Clock, samples: int, progress: Callable[[float], None] = lambda done: None
+) -> dict[str, Times | str]:
+    """The times of each step, one sample of each in turn; or what its preparation raised, as text.
+
+    `progress` is told from 0 to 1 how many of the samples are taken.
+    """
+    progress(0.0)
     takers: dict[str, Sample] = {}
     result: dict[str, Times | str] = {}
     for name, step in steps.items():
@@ -80,11 +86,12 @@ def interleaved(steps: dict[str, Step], clock: Clock, samples: int) -> dict[str,
             result[name] = first_line(error)
     values: dict[str, list[float]] = {name: [] for name in takers}
     clock.start()
-    for _ in range(samples):
+    for taken in range(samples):
         for name, take in takers.items():
             clock.between()
             values[name].append(take())
-    return result | {name: Times.of(taken) for name, taken in values.items()}
+        progress((taken + 1) / samples)
+    return result | {name: Times.of(own) for name, own in values.items()}
 
 
 def first_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from lora_kernels.cli.bench.clock import CPU, CPU_TIME, Clock, CpuClock, GpuCloc
 from lora_kernels.cli.bench.layers import Plan, ceilings_key, measure_case
 from lora_kernels.cli.bench.models import EXACT, REFERENCE, build
 from lora_kernels.cli.bench.options import LayerOptions, ModelOptions, Options, PlotOptions
+from lora_kernels.cli.bench.progress import Progress
 from lora_kernels.cli.bench.results import (
     RESULTS_FILE,
     Results,
@@ -103,21 +104,24 @@ def _measure_layers(options: LayerOptions, results: Results) -> None:
 
     started = time.perf_counter()
     device = torch.device(options.device)
-    plan = Plan(
-        device,
-        options.providers,
-        _clocks(options),
-        options.samples,
-        parts=("step",) if options.what == "cpu-time" else ("forward", "step"),
-    )
+    clocks = _clocks(options)
     if options.what == "time":
-        for clock in bar(plan.clocks, "clock", "ceilings"):
+        for clock in bar(clocks, "clock", "ceilings"):
             results.ceilings[ceilings_key(clock)] = measure_ceilings(
                 clock, device, DTYPES[options.cases[0].dtype], options.samples
             )
             clock.load()
             results.note_gpu(ceilings_key(clock))
-    for done, case in enumerate(bar(options.cases, "case")):
+    progress = Progress(options.cases)
+    plan = Plan(
+        device,
+        options.providers,
+        clocks,
+        options.samples,
+        parts=("step",) if options.what == "cpu-time" else ("forward", "step"),
+        stage=progress.stage,
+    )
+    for done, case in enumerate(progress):
         if time.perf_counter() - started > options.seconds:
             left = f"{len(options.cases) - done} of {len(options.cases)}"
             # Around the progress bar.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from lora_kernels.cli.bench.cases import DTYPES, Case, Operands
 from lora_kernels.cli.bench.check import Exact, check
 from lora_kernels.cli.bench.clock import Clock, Step, Times, first_line, interleaved
+from lora_kernels.cli.bench.progress import Stage, silent, within
 from lora_kernels.cli.bench.providers import FLOOR, PROVIDERS, Layer, Missing, Provider, WrongAnswer
 from lora_kernels.cli.bench.results import Measurement
 from lora_kernels.cli.bench.roofline import Ceilings, work_of
@@ -20,13 +22,19 @@ PARTS = ("forward", "step")
 
 @dataclass(frozen=True)
 class Plan:
-    """How a case is measured. No clocks: its memory alone."""
+    """How a case is measured. No clocks: its memory alone. `stage` is told what begins, as a bar is to show it."""
 
     device: torch.device
     providers: tuple[str, ...]
     clocks: Sequence[Clock]
     samples: int
     parts: tuple[str, ...] = PARTS
+    stage: Stage = silent
+
+    @property
+    def stages(self) -> int:
+        """The checks, and then the samples of each part by each clock, which take about as long each."""
+        return 1 + len(self.clocks) * len(self.parts)
 
 
 def measure_case(case: Case, plan: Plan, ceilings: dict[str, Ceilings]) -> Iterator[Measurement]:
@@ -43,11 +51,11 @@ def measure_case(case: Case, plan: Plan, ceilings: dict[str, Ceilings]) -> Itera
         for name, step in _steps(layers, operands, part).items()
     }
     yield from _without_figures(case, plan, reasons)
-    for clock in plan.clocks:
-        for part in plan.parts:
-            times = interleaved(_steps(layers, operands, part), clock, plan.samples)
-            for name, result in times.items():
-                yield _measurement(case, name, part, clock, result, peaks[name, part], ceilings, layers[name])
+    for index, (clock, part) in enumerate(product(plan.clocks, plan.parts), start=1):
+        stage = within(plan.stage, f"{ceilings_key(clock)}, {part}", index / plan.stages, 1 / plan.stages)
+        times = interleaved(_steps(layers, operands, part), clock, plan.samples, stage)
+        for name, result in times.items():
+            yield _measurement(case, name, part, clock, result, peaks[name, part], ceilings, layers[name])
     if not plan.clocks:
         for (name, part), peak in peaks.items():
             yield Measurement(case, name, part, "memory", "eager", peak_bytes=peak)
@@ -59,20 +67,13 @@ def ceilings_key(clock: Clock) -> str:
 
 
 def _layers(operands: Operands, plan: Plan) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The layers that gave the right answer, and why the others take no part.
-
-    The answer is checked without dropout, because every provider draws masks of its own.
-    """
-    exact: dict[bool, Exact] = {}
+    """The layers that gave the right answer, and why the others take no part."""
+    exact: dict[tuple[bool, float], Exact] = {}
     layers, reasons = {}, {}
-    for name in plan.providers:
-        provider = PROVIDERS[name]
+    for done, name in enumerate(plan.providers):
+        plan.stage(f"checking {name}", done / len(plan.providers) / plan.stages)
         try:
-            layer = provider.make(operands, 0.0)
-            if provider.lora not in exact:
-                exact[provider.lora] = Exact.of(operands, provider.lora)
-            check(layer, operands, exact[provider.lora])
-            layers[name] = _with_dropout(provider, operands, layer)
+            layers[name] = checked(PROVIDERS[name], operands, exact)
         except (Missing, WrongAnswer) as refusal:
             reasons[name] = str(refusal)
         except failures() as error:
@@ -80,10 +81,22 @@ def _layers(operands: Operands, plan: Plan) -> tuple[dict[str, Layer], dict[str,
     return layers, reasons
 
 
-def _with_dropout(provider: Provider, operands: Operands, layer: Layer) -> Layer:
-    if not operands.case.dropout:
-        return layer
-    return provider.make(operands, operands.case.dropout)
+def checked(provider: Provider, operands: Operands, exact: dict[tuple[bool, float], Exact]) -> Layer:
+    """The layer that is timed. `exact` keeps the answers for the providers that follow.
+
+    Where nobody can know the masks, as with PEFT, the answer is checked without dropout.
+
+    Raises:
+        Missing: the provider cannot take part.
+        WrongAnswer: its answer is not right.
+    """
+    dropout = operands.case.dropout
+    known = dropout if provider.own_masks else 0.0
+    layer = provider.make(operands, known)
+    if (provider.lora, known) not in exact:
+        exact[provider.lora, known] = Exact.of(operands, provider.lora, known)
+    check(layer, operands, exact[provider.lora, known])
+    return layer if known == dropout else provider.make(operands, dropout)
 
 
 def step_of(layer: Layer, operands: Operands, part: str) -> Step:

@@ -25,6 +25,7 @@ _M = (8192, 2048)
 _CASE_OPTIONS = ("ranks", "dropout", "adapters", "dtype", "nf4", "m")
 _LAYER_OPTIONS = ("regimes", "launches", "samples", "cpu_time", "memory")
 _MODEL_OPTIONS = ("layers", "batch", "seq", "rank", "quantize", "no_checkpointing", "steps")
+_RUN_OPTIONS = ("providers", "device", "baseline", "note", "no_plots")
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_args(args: argparse.Namespace, *, has_gpu: bool) -> Options:
     """Fills in the defaults that depend on the device, and refuses what does not fit together."""
+    if args.plot:
+        _refuse_beside_plot(args)
     if args.device == "cuda" and not has_gpu:
         raise UserError("--device cuda: there is no GPU that torch can use")
     device = args.device or ("cuda" if has_gpu else "cpu")
@@ -213,6 +216,13 @@ def _cases(args: argparse.Namespace, on_cpu: bool) -> Iterator[Case]:
         small = ["tiny"] if on_cpu else ["quick"] if args.quick else None
         for name in args.suite or small or EVERYTHING:
             yield from SUITES[name]
+
+
+def _refuse_beside_plot(args: argparse.Namespace) -> None:
+    for name in (*_CASE_OPTIONS, *_LAYER_OPTIONS, *_MODEL_OPTIONS, *_RUN_OPTIONS):
+        # Not only its truth: --dropout 0 was given as well.
+        if getattr(args, name) is not None and getattr(args, name) is not False:
+            raise UserError(f"--{name.replace('_', '-')} does not go with --plot, which measures nothing")
 
 
 def _refuse_unused(args: argparse.Namespace) -> None:

@@ -30,8 +30,8 @@ _COLORS = {
 }
 # Ratios of short batches say more about launches than about layers: those have a picture of their own.
 _LONG = 1024
-# More lines than these are a tangle.
-_AGAINST_M = (FLOOR, "bitsandbytes", "peft", "cuda", "triton")
+# More lines than these and the floor's are a tangle.
+_AGAINST_M = ("bitsandbytes", "peft", "cuda", "triton")
 # Fewer steps are no curve.
 _LEAST_STEPS = 10
 
@@ -162,6 +162,9 @@ def _layer(case: Case) -> tuple[int, str, int, float]:
 
 
 def _lines(measurements: Sequence[Measurement]) -> Iterator[tuple[str, str, str, dict[int, float]]]:
+    floor = _floor(measurements)
+    if floor:
+        yield FLOOR, "o-", _COLORS[FLOOR], floor
     for name in _AGAINST_M:
         for nf4, style in ((False, "o-"), (True, "s--")):
             line = {
@@ -169,21 +172,23 @@ def _lines(measurements: Sequence[Measurement]) -> Iterator[tuple[str, str, str,
                 for m in measurements
                 if m.times and m.provider == name and m.case.nf4 == nf4
             }
-            # The floor of an NF4 case is the same 16-bit linear.
-            if line and not (nf4 and name == FLOOR):
+            if line:
                 yield f"{name}{', NF4' if nf4 else ''}", style, _COLORS[name], line
+
+
+def _floor(measurements: Sequence[Measurement]) -> dict[int, float]:
+    """The frozen 16-bit layer at each M. It is an NF4 case's floor too, and the one that took turns with NF4 counts."""
+    frozen = [m for m in measurements if m.provider == FLOOR and m.times]
+    return {m.case.M: m.times.median for m in sorted(frozen, key=lambda m: m.case.nf4) if m.times}
 
 
 def _crossovers(measurements: Sequence[Measurement]) -> list[int]:
     """The M from which our NF4 layer is slower than the frozen 16-bit one."""
-    best: dict[bool, dict[int, float]] = {True: {}, False: {}}
+    floor, best = _floor(measurements), dict[int, float]()
     for m in measurements:
-        ours = m.case.nf4 and m.provider in ("triton", "cuda")
-        if m.times and (ours or (m.provider == FLOOR and not m.case.nf4)):
-            line = best[ours]
-            line[m.case.M] = min(line.get(m.case.M, m.times.median), m.times.median)
-    slower = [M for M in sorted(best[True]) if M in best[False] and best[True][M] > best[False][M]]
-    return slower[:1]
+        if m.times and m.case.nf4 and m.provider in ("triton", "cuda"):
+            best[m.case.M] = min(best.get(m.case.M, m.times.median), m.times.median)
+    return [M for M in sorted(best) if M in floor and best[M] > floor[M]][:1]
 
 
 def _models(models: Sequence[ModelMeasurement], machine: str) -> Any:

@@ -41,10 +41,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Provider:
-    """`make(operands, dropout)` builds the layer, or raises Missing. Without `lora` it computes x W^T alone."""
+    """`make(operands, dropout)` builds the layer, or raises Missing. Without `lora` it computes x W^T alone.
+
+    `own_masks`: it drops by the masks of dropout.py, so that the exact answer is known with dropout too.
+    """
 
     make: Callable[[Operands, float], Layer]
     lora: bool = True
+    own_masks: bool = False
 
 
 def _frozen(operands: Operands, dropout: float) -> Layer:
@@ -173,7 +177,7 @@ PROVIDERS: dict[str, Provider] = {
     "peft": Provider(_peft),
     "peft-float32": Provider(_peft_float32),
     "peft-compile": Provider(_peft_compile),
-    **{name: Provider(_backend(name)) for name in reversed(PREFERENCE)},
+    **{name: Provider(_backend(name), own_masks=True) for name in reversed(PREFERENCE)},
 }
 
 

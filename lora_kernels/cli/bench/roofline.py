@@ -1,4 +1,4 @@
-"""The two ceilings of the machine, measured in the run itself, and what a case asks of each."""
+"""The two rates that stand for the machine's ceilings, measured in the run itself, and what a case asks of each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ _GPU_SIZE, _CPU_SIZE = 8192, 512
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a copy moves and what a large matrix product computes, per second, in one regime."""
+    """What a copy moves and what a large matrix product computes, per second, in one regime.
+
+    A yardstick and no bound: a product of another shape may be faster than that one, and a chip's clock varies.
+    """
 
     bytes_per_second: float
     flops_per_second: float
 
     def microseconds(self, work: Work) -> float:
-        """No implementation is faster than this."""
+        """What the work takes at these rates; some layers were measured at less."""
         return 1e6 * max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
 
 

@@ -17,8 +17,9 @@ from lora_kernels.cli.bench.results import ModelMeasurement, Setting
 from lora_kernels.dispatch import BackendRefused
 from lora_kernels.selftest import failures
 
-# Two computations in bfloat16 differ by a few per cent after many layers; one that lacks a term, by about one.
-GRADIENT_LIMIT = 0.3
+# Two computations in bfloat16 differ by a few per cent after many layers: 0.03 in the models of 32 layers that were
+# measured, 0.05 in one of 80. A scaling that is wrong by a tenth makes more than this.
+GRADIENT_LIMIT = 0.1
 _WARM_UP = 2
 # So few that a run goes through them often enough to learn them: the loss of tokens that never come again stays.
 BATCHES = 4

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 HELP = "measure tile configurations on this GPU and write the table that the Triton kernels then use"
 EXIT_INTERRUPTED = 130
+_M = (512, 2048, 8192)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the layers of models, of {', '.join(MODELS)} (default: llama-8b)",
     )
     what.add_argument("--shapes", nargs="+", type=parse_shape, metavar="MxKxN", help="layers: tokens, in, out")
-    parser.add_argument("--m", nargs="+", type=whole(1), default=[512, 2048, 8192], help="default: 512 2048 8192")
+    parser.add_argument("--m", nargs="+", type=whole(1), help="with --projections: tokens (default: 512 2048 8192)")
     parser.add_argument("--rank", type=whole(1), default=16, help="default: 16")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     parser.add_argument("--regime", choices=REGIMES, default="warm", help="default: warm, as in training")
@@ -50,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, writes, reports; 0, or 130 after Ctrl-C, which leaves an earlier table as it was."""
+    if args.shapes and args.m:
+        raise UserError("--m goes with --projections: --shapes has its own")
     device = _device()
     if importlib.util.find_spec("tqdm") is None:
         raise UserError('tune needs more packages (tqdm): pip install "lora-kernels[bench]"')
@@ -92,7 +95,7 @@ def _keep_interrupted(tuning: Tuning, path: Path) -> int:
 
 def _cases(args: argparse.Namespace) -> list[Case]:
     shapes: Iterator[tuple[int, int, int]] | list[tuple[int, int, int]] = args.shapes or (
-        (M, *kn) for name in args.projections for kn in projection_shapes(name) for M in args.m
+        (M, *kn) for name in args.projections for kn in projection_shapes(name) for M in args.m or _M
     )
     return list(dict.fromkeys(Case(*shape, rank=args.rank, dtype=args.dtype, adapters=args.dtype) for shape in shapes))
 

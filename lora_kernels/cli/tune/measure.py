@@ -19,6 +19,9 @@ from lora_kernels.cli.tune.search import Tiles
 from lora_kernels.dropout import Dropout
 from lora_kernels.selftest import failures
 
+# The share of the checks in a problem's progress.
+_CHECKS = 0.8
+
 
 @dataclass(frozen=True)
 class OnePass:
@@ -56,14 +59,22 @@ class OnePass:
 
 
 def measure_one_pass(
-    problem: OnePass, candidates: Sequence[OnePassTiles], clock: Clock, samples: int
+    problem: OnePass,
+    candidates: Sequence[OnePassTiles],
+    clock: Clock,
+    samples: int,
+    progress: Callable[[float], None],
 ) -> dict[OnePassTiles, Times | str]:
-    """The time of each configuration, or why it has none."""
-    return _measure(problem.run, candidates, problem.exact(), problem.left.dtype, clock, samples)
+    """The time of each configuration, or why it has none. `progress` is told from 0 to 1 how much is done."""
+    return _measure(problem.run, candidates, problem.exact(), problem.left.dtype, clock, samples, progress)
 
 
 def measure_grads(
-    operands: Operands, candidates: Sequence[GradTiles], clock: Clock, samples: int
+    operands: Operands,
+    candidates: Sequence[GradTiles],
+    clock: Clock,
+    samples: int,
+    progress: Callable[[float], None],
 ) -> dict[GradTiles, Times | str]:
     """The time of each configuration of dA = T^T x and dB = dy^T S, or why it has none."""
     x, dy = operands.x.detach(), operands.dy
@@ -73,7 +84,7 @@ def measure_grads(
         return launch.adapter_grads(x, dy, s, t, None, x.dtype, tiles=tiles)
 
     exact = (t.double().T @ x.double()).float(), (dy.double().T @ s.double()).float()
-    return _measure(run, candidates, exact, x.dtype, clock, samples)
+    return _measure(run, candidates, exact, x.dtype, clock, samples, progress)
 
 
 def _measure(
@@ -83,18 +94,21 @@ def _measure(
     dtype: torch.dtype,
     clock: Clock,
     samples: int,
+    progress: Callable[[float], None],
 ) -> dict[Tiles, Times | str]:
     result: dict[Tiles, Times | str] = {}
     steps: dict[str, Step] = {}
     names: dict[str, Tiles] = {}
-    for tiles in candidates:
+    for done, tiles in enumerate(candidates):
+        # Each is compiled for its check, which takes most of the time.
+        progress(_CHECKS * done / len(candidates))
         fault = _fault(run, tiles, exact, LIMITS[dtype])
         if fault is None:
             names[str(tiles)] = tiles
             steps[str(tiles)] = partial(run, tiles)
         else:
             result[tiles] = fault
-    times = interleaved(steps, clock, samples)
+    times = interleaved(steps, clock, samples, lambda taken: progress(_CHECKS + (1 - _CHECKS) * taken))
     return result | {names[name]: value for name, value in times.items()}
 
 

@@ -22,6 +22,7 @@ from lora_kernels.backends.triton.tiles import (
 from lora_kernels.backends.triton.tuned import GradEntry, OnePassEntry, TunedTable
 from lora_kernels.cli.bench.cases import DTYPES, Case, Operands
 from lora_kernels.cli.bench.clock import Clock, Times
+from lora_kernels.cli.bench.progress import Progress, Stage, within
 from lora_kernels.cli.tune.measure import OnePass, holds, measure_grads, measure_one_pass
 from lora_kernels.cli.tune.search import choose, grad_candidates, one_pass_candidates
 from lora_kernels.cli.waiting import bar
@@ -42,8 +43,9 @@ class Tuning:
     def run(self) -> None:
         """Measures and chooses. After Ctrl-C `entries` has what comes of the cases that were finished before."""
         try:
-            for case in bar(self.cases, "case", "measuring"):
-                self._measure(case)
+            progress = Progress(self.cases, "measuring")
+            for case in progress:
+                self._measure(case, progress.stage)
         except KeyboardInterrupt:
             self.interrupted = True
         try:
@@ -69,17 +71,19 @@ class Tuning:
         """How much of an interrupted run there is."""
         return f"interrupted after {self.finished} of {len(self.cases)} cases, with {len(self.entries)} choices made"
 
-    def _measure(self, case: Case) -> None:
+    def _measure(self, case: Case, stage: Stage) -> None:
         """All of a case, or nothing."""
         itemsize = self.dtype.itemsize
         operands = Operands.make(case, self.device)
         outputs = []
-        for problem in OnePass.of(operands):
+        for index, problem in enumerate(OnePass.of(operands)):
+            part = within(stage, "forward" if problem.forward else "dx", index / 3, 1 / 3)
             use_tma = problem.use_tma() and self.chip.has_tma
             tried = one_pass_candidates(self.chip, itemsize, use_tma)
-            measured = measure_one_pass(problem, tried, self.clock, self.samples)
+            measured = measure_one_pass(problem, tried, self.clock, self.samples, part)
             outputs.append(((use_tma, case.M, problem.weight.shape[1]), measured))
-        grads = measure_grads(operands, grad_candidates(self.chip, itemsize), self.clock, self.samples)
+        part = within(stage, "adapter gradients", 2 / 3, 1 / 3)
+        grads = measure_grads(operands, grad_candidates(self.chip, itemsize), self.clock, self.samples, part)
         for output, measured in outputs:
             self._by_output.setdefault(output, []).append(measured)
         self._grads.append(grads)
