@@ -187,6 +187,10 @@ def test_refuses_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_pat
         monkeypatch.delenv(name, raising=False)
     cuda_build._folder.cache_clear()
     assert "no home directory to keep it in" in str(cuda._refuses(problem))
+    # A folder that cannot be made, as nobody can make one in a file.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(Path(__file__, "inside")))
+    cuda_build._folder.cache_clear()
+    assert f"{Path(__file__)}, where it would be kept, cannot be written" in str(cuda._refuses(problem))
     assert str(cuda._declines(problem)).startswith("it is not compiled yet")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert cuda._refuses(problem) is None

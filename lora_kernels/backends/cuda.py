@@ -167,7 +167,7 @@ def _refuses(problem: Problem) -> str | None:
         return f"what was compiled at installation cannot be used: {stale}"
     if cuda_build.is_built(capability):
         return None
-    missing = cuda_build.missing() or cuda_build.nowhere()
+    missing = cuda_build.missing() or cuda_build.cannot_keep()
     return None if missing is None else f"it is not compiled, and cannot be here: {missing}"
 
 

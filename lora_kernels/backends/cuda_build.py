@@ -118,6 +118,17 @@ def nowhere() -> str | None:
     return "there is no home directory to keep it in: set TORCH_EXTENSIONS_DIR" if root_folder() is None else None
 
 
+def cannot_keep() -> str | None:
+    """Why nothing can be compiled on first use: there is no folder for it, or none that can be written."""
+    root = root_folder()
+    if root is None:
+        return nowhere()
+    there = next(path for path in (root, *root.parents) if path.exists())
+    if there.is_dir() and os.access(there, os.W_OK):
+        return None
+    return f"{there}, where it would be kept, cannot be written: set TORCH_EXTENSIONS_DIR"
+
+
 def load(capability: Capability) -> ModuleType:
     """The extension: the installation's, else the one compiled before, else compiled now, which takes a minute or two.
 

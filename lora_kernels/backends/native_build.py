@@ -58,7 +58,7 @@ def build() -> ModuleType:
     made = load()
     if made is not None:
         return made
-    missing = cuda_build.missing_compiler() or cuda_build.nowhere()
+    missing = cuda_build.missing_compiler() or cuda_build.cannot_keep()
     if missing is not None:
         raise RuntimeError(f"it cannot be compiled here: {missing}")
     return cuda_build.compile_once(_NAME, folder(), "the launch path", sources(), extra_cflags=flags())

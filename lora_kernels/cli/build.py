@@ -37,7 +37,7 @@ def _build_cuda() -> str:
 
     from lora_kernels.backends import cuda_build
 
-    missing = cuda_build.missing() or cuda_build.nowhere()
+    missing = cuda_build.missing() or cuda_build.cannot_keep()
     if missing is None and not torch.cuda.is_available():
         missing = "there is no GPU to compile for"
     if missing is not None and not cuda_build.has_prebuilt():

@@ -151,7 +151,7 @@ def test_quick_has_cuda_where_it_need_not_be_compiled(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(cuda_build, "is_built", lambda capability: built)
     monkeypatch.setattr(cuda_build, "missing", lambda: missing)
-    monkeypatch.setattr(cuda_build, "nowhere", lambda: None)
+    monkeypatch.setattr(cuda_build, "cannot_keep", lambda: None)
     quick, everything = _options("--quick"), _options()
     assert isinstance(quick, options.LayerOptions)
     assert isinstance(everything, options.LayerOptions)

@@ -193,4 +193,4 @@ def _cuda_would_compile() -> bool:
     """False where it is compiled, and also where it cannot be: there it refuses at once, with the reason."""
     if not torch.cuda.is_available() or cuda_build.is_built(torch.cuda.get_device_capability()):
         return False
-    return (cuda_build.missing() or cuda_build.nowhere()) is None
+    return (cuda_build.missing() or cuda_build.cannot_keep()) is None
