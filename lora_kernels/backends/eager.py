@@ -1,7 +1,8 @@
 """The best that a chain of library matrix products can do. Runs on any device.
 
 S is computed once and kept, S B^T is accumulated into the output in place, and dY B is computed once. An NF4
-weight is decoded into a temporary for each of the two products that it is in.
+weight is decoded into a temporary for each of the two products that it is in. Under a dispatch mode nothing is
+changed in place: selective activation checkpointing keeps the results of operators, and hands them out again.
 
 A group without dropout reads x once for the S of all members and once for all dA, and its branches reach dx in one
 product: each as if the members were one adapter. dx is accumulated in place.
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lora_kernels.backends import Activation, Backend, GatedBackend, GroupBackend, Member, Precision, Problem, Scale
 from lora_kernels.dropout import Dropout
@@ -35,8 +37,7 @@ def forward(
     want_s: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + S B^T + b and S = scale * mask(x) A^T."""
-    s = _masked(x, dropout).to(_branch_dtype(x, precision)) @ _branch(lora_A, x, precision).T
-    s *= scale
+    s = _scaled(_masked(x, dropout).to(_branch_dtype(x, precision)) @ _branch(lora_A, x, precision).T, scale)
     y = _linear(x, dense(weight, x.dtype), bias)
     return _accumulate(y, s, _branch(lora_B, x, precision).T), s if want_s else None
 
@@ -52,8 +53,7 @@ def backward_input(
     want_dx: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """T = scale * dy B and dx = dy W + mask(T A)."""
-    t = dy.to(_branch_dtype(dy, precision)) @ _branch(lora_B, dy, precision)
-    t *= scale
+    t = _scaled(dy.to(_branch_dtype(dy, precision)) @ _branch(lora_B, dy, precision), scale)
     if not want_dx:
         return None, t
     assert weight is not None
@@ -63,8 +63,7 @@ def backward_input(
     if dropout is None:
         return _accumulate(dx, t, up), t
     branch = _masked(t @ up, dropout)
-    # Out of place where the branch is wider than dx, so that the sum is rounded once.
-    return (dx.add_(branch) if branch.dtype == dx.dtype else (dx + branch).to(dx.dtype)), t
+    return _added(dx, branch), t
 
 
 def backward_adapters(
@@ -107,22 +106,21 @@ def group_backward_input(
     ts = []
     for dy, member in zip(dys, members, strict=True):
         t = dy.to(_branch_dtype(dy, precision)) @ _branch(_up(member), dy, precision)
-        t *= member.scale
-        ts.append(t)
+        ts.append(_scaled(t, member.scale))
     if not want_dx:
         return None, ts
     dx: Tensor | None = None
     for dy, member in zip(dys, members, strict=True):
         assert member.weight is not None
         weight = dense(member.weight, dy.dtype)
-        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        dx = dy @ weight if dx is None else _accumulate(dx, dy, weight)
     assert dx is not None
     if not _masks(members):
         return _accumulate(dx, torch.cat(ts, dim=1), _joined(members, dx, precision)), ts
     wide = dx.to(ts[0].dtype)
     for t, member in zip(ts, members, strict=True):
         assert member.lora_A is not None
-        wide.add_(_masked(t @ _branch(member.lora_A, dx, precision), member.dropout))
+        wide = _added(wide, _masked(t @ _branch(member.lora_A, dx, precision), member.dropout))
     return wide.to(dx.dtype), ts
 
 
@@ -157,6 +155,8 @@ def gated_product(g: Tensor, u: Tensor, activation: Activation) -> Tensor:
 
 def gated_forward(g: Tensor, u: Tensor, activation: Activation) -> Tensor:
     """h, in blocks of rows whose float32 temporaries are small."""
+    if is_in_torch_dispatch_mode():
+        return gated_product(g, u, activation)
     h = torch.empty_like(g, memory_format=torch.contiguous_format)
     for rows in _blocks(g):
         h[rows] = gated_product(g[rows], u[rows], activation)
@@ -229,9 +229,23 @@ def _branch(adapter: Tensor, x: Tensor, precision: Precision) -> Tensor:
     return adapter.to(_branch_dtype(x, precision))
 
 
+def _scaled(s: Tensor, scale: Scale) -> Tensor:
+    """scale * s, in place where that is allowed, and in s's dtype: a scale of shape [1] is float32."""
+    return (s * scale).to(s.dtype) if is_in_torch_dispatch_mode() else s.mul_(scale)
+
+
 def _accumulate(y: Tensor, s: Tensor, up: Tensor) -> Tensor:
-    """y + s up, in place where the dtypes agree, else in the wider dtype and rounded once."""
-    return y.addmm_(s, up) if s.dtype == y.dtype else torch.addmm(y.to(s.dtype), s, up).to(y.dtype)
+    """y + s up, in place where that is allowed and the dtypes agree, else in the wider dtype and rounded once."""
+    if s.dtype == y.dtype and not is_in_torch_dispatch_mode():
+        return y.addmm_(s, up)
+    return torch.addmm(y.to(s.dtype), s, up).to(y.dtype)
+
+
+def _added(dx: Tensor, branch: Tensor) -> Tensor:
+    """dx + branch, in place where that is allowed and the dtypes agree, else in the wider dtype and rounded once."""
+    if branch.dtype == dx.dtype and not is_in_torch_dispatch_mode():
+        return dx.add_(branch)
+    return (dx + branch).to(dx.dtype)
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

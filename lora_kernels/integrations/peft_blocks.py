@@ -103,17 +103,19 @@ def grouped_class(kind: type) -> type:
     """The class of blocks of a class, with a forward that runs their layers together."""
     own: dict[str, object] = {"_stock_class": kind, "__reduce_ex__": _reduce, "__doc__": kind.__doc__}
     if _is_mlp(kind):
-        own["forward"] = _forward_mlp
+        own |= {"forward": _forward_mlp, "_input_name": kind.forward.__code__.co_varnames[1]}  # type: ignore[attr-defined]
     else:
         own |= {"forward": _forward_attention, "_calls_in_a_row": _calls_in_a_row(kind)}
     # Whoever goes by the class's name, or prints it, finds the stock one.
     return type(kind.__name__, (kind,), own | {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
 
 
-def _forward_mlp(self: Any, x: Tensor) -> Tensor:
-    operands = _gated_operands(self, x)
+def _forward_mlp(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    # Whatever is no call with the one input, by position or by its own name, is the stock forward's to refuse.
+    x: Any = args[0] if args else kwargs.get(self._input_name)
+    operands = _gated_operands(self, x) if len(args) + len(kwargs) == 1 and x is not None else "it was called wrongly"
     if isinstance(operands, str):
-        result: Tensor = self._stock_class.forward(self, x)
+        result: Tensor = self._stock_class.forward(self, *args, **kwargs)
         return result
     ((gate, up, down), p), activation = operands
     y = lora_gated_mlp(x, gate, up, down, activation=activation, dropout_p=p)

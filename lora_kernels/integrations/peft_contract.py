@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -31,6 +32,20 @@ _FORWARD_4BIT_NAMES = _FORWARD_NAMES | {"clone", "is_autocast_enabled", "torch"}
 _CREATE_PARAMETERS = ["lora_config", "adapter_name", "target", "kwargs"]
 _FORWARD_PARAMETERS = ["self", "x", "args", "kwargs"]
 _MINIMUM = (0, 18)
+
+
+class _Checking(threading.local):
+    """Whether this thread is making layers of its own, to compare them with what PEFT's compute."""
+
+    now = False
+
+
+_checking = _Checking()
+
+
+def is_checking() -> bool:
+    """Whether the layer that PEFT creates now is one that a check compares, and must stay PEFT's."""
+    return _checking.now
 
 
 @cache
@@ -78,7 +93,11 @@ def _undisturbed() -> Iterator[None]:
         # PEFT and bitsandbytes leave casts to autocast where CUDA's is on, though the layer is on the CPU.
         for device_type in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
+        before, _checking.now = _checking.now, True
+        try:
+            yield
+        finally:
+            _checking.now = before
 
 
 def _check_equation_4bit() -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.backends import MAX_RANK
@@ -40,6 +43,8 @@ class Linear(lora.Linear):  # type: ignore[misc]
         if isinstance(operands, Operands):
             return fused_forward(self, x, operands)
         result: Tensor = super().forward(x, *args, **kwargs)
+        if operands is not None:
+            warn_of_mismatch(self, x, operands)
         return result
 
     @staticmethod
@@ -94,6 +99,8 @@ def operands_of(layer: lora.LoraLayer, x: Tensor | None) -> Operands | str:
         return "its adapters are disabled"
     if layer.merged:
         return f"adapters are merged into its base weight: {', '.join(layer.merged_adapters)}"
+    if x is not None and is_transformed():
+        return "torch.func, forward-mode automatic differentiation or torch.jit.trace looks into it"
     # A registered module is found in a fifth of the time that an attribute of a Module takes.
     modules = layer._modules
     base = layer._read_base(modules["base_layer"], x)
@@ -114,6 +121,52 @@ def operands_of(layer: lora.LoraLayer, x: Tensor | None) -> Operands | str:
     if rank > MAX_RANK:
         return f"the ranks of its active adapters add up to {rank}, more than {MAX_RANK}"
     return Operands(weight, bias, adapters, product)
+
+
+# A graph that is being traced asks once, while tracing: PyTorch guards it against another state of these.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_transformed() -> bool:
+    """Whether something looks into this very call that needs PyTorch's own operators, and no node of ours."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def warn_of_mismatch(layer: lora.LoraLayer, x: Tensor, reason: str) -> None:
+    """Warn, once for each reason, where a layer that is reported fused ran PEFT's code because of a dtype or a device.
+
+    What somebody did to the layer, or with the call, on purpose is not that.
+    """
+    if type(x) in PLAIN and not is_transformed() and _is_reported_fused(layer, x.device.type):
+        _warn_once(reason)
+
+
+def _is_reported_fused(layer: lora.LoraLayer, device_type: str) -> bool:
+    """Whether a report of now would call the layer fused, or one that was made outside of autocast."""
+    if why_not_fused(layer) is None:
+        return True
+    if not torch.is_autocast_enabled(device_type):
+        return False
+    with torch.autocast(device_type, enabled=False):
+        return why_not_fused(layer) is None
+
+
+_warned: set[str] = set()
+
+
+# A graph that is being traced takes the call for a constant: it is made while tracing, and does not break the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"a LoRA layer that lora_kernels could fuse runs PEFT's own code: {reason}. Run the model under autocast "
+            "in the dtype in which it computes (bf16=True or fp16=True of a Trainer, torch.autocast in a loop), or "
+            "bring input, base weight and adapters to one dtype and device. Said once for each reason.",
+            stacklevel=2,
+        )
 
 
 def _dense_base(base: Any, x: Tensor | None) -> Base | str:
@@ -164,13 +217,21 @@ def _adapter(
         return f"has weights that are not plain matrices: {describe(A)}, {describe(B)}"
     if A.device != device or B.device != device:
         return f"is on {A.device} and {B.device}, the base weight on {device}"
-    if isinstance(scaling, Tensor) and scaling.device != device:
-        return f"has its scaling on {scaling.device}, the base weight on {device}"
+    if isinstance(scaling, Tensor):
+        if scaling.device != device:
+            return f"has its scaling on {scaling.device}, the base weight on {device}"
+        if scaling.numel() != 1 or scaling.requires_grad or scaling.is_complex() or scaling.dtype == torch.bool:
+            return f"has a scaling that is no real constant: {describe(scaling)}, {scaling.dtype}"
+    elif type(scaling) is not float:
+        # NumPy's numbers and a bool are real to PEFT, too.
+        if not isinstance(scaling, Real):
+            return f"has a scaling that is no real number but a {type(scaling).__name__}"
+        scaling = float(scaling)
     if A.dtype != B.dtype or A.dtype not in (product, torch.float32):
         return f"is {A.dtype} and {B.dtype}, where the base product is {product}"
     if A.dtype != product and not autocast and not layer.cast_input_dtype_enabled:
         return f"is {A.dtype}, the base weight {product}, and casting of inputs is disabled"
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    p = float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
     return _Adapter(name, A, B, parameter(lora_B, "bias"), scaling, p)
 
 

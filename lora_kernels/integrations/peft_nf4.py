@@ -42,6 +42,8 @@ class Linear4bit(lora.Linear4bit):  # type: ignore[misc]
             # bitsandbytes returns x's dtype, also where autocast computes in another.
             return y if y.dtype == x.dtype else y.to(x.dtype)
         result: Tensor = super().forward(x, *args, **kwargs)
+        if operands is not None:
+            peft_layer.warn_of_mismatch(self, x, operands)
         return result
 
     @staticmethod

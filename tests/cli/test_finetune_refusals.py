@@ -68,12 +68,15 @@ def test_good_options_get_as_far_as_the_weights(
         (["--seq", "1"], "--seq"),
         (["--steps", "0"], "--steps"),
         (["--epochs", "0"], "--epochs"),
-        (["--seed", "-1"], "--seed"),
+        (["--seed", "-1"], "--seed: must be a whole number from 0 to 4294967295, not '-1'"),
+        (["--seed", "4294967296"], "--seed: must be a whole number from 0 to 4294967295, not '4294967296'"),
         (["--steps", "3", "--epochs", "1"], "--epochs: not allowed with argument --steps"),
         (["--quantize", "int3"], "--quantize"),
         (["--seq", "129"], "--seq 129: the model takes at most 128 tokens"),
         (["--targets", "nosuch"], "--targets nosuch:"),
         (["--targets", "q_proj", "nosuch"], "--targets nosuch: matches no layer"),
+        (["--targets", "all-linear", "lm_head"], "--targets all-linear lm_head: all-linear takes no other names"),
+        (["--targets", "q_proj", "all-linear"], "--targets q_proj all-linear: all-linear takes no other names"),
         (["--targets", "input_layernorm"], "is not supported (the linear layers are down_proj, gate_proj"),
         (["--model", "./nosuch"], "--model ./nosuch: no such file or directory"),
         (["--model", "nosuch.gguf"], "--model nosuch.gguf: no such file or directory"),
@@ -99,6 +102,22 @@ def test_an_option(refused: Refused, options: list[str], message: str) -> None:
         ("f.jsonl", b'{"messages": []}\n', 'f.jsonl:1: "messages" must be'),
         ("g.jsonl", b'{"messages": [{"role": "user"}]}\n', 'g.jsonl:1: "messages" must be'),
         ("h.jsonl", b"\n", "h.jsonl: no text in it"),
+        ("i.jsonl", b'{"text": "good"}\n{"text": "bad \\ud800 here"}\n', "i.jsonl:2: has \\ud800, one half of"),
+        (
+            "j.jsonl",
+            b'{"messages": [{"role": "user", "content": "bad \\udc00"}]}\n',
+            "j.jsonl:1: has \\udc00, one half of",
+        ),
+        (
+            "k.jsonl",
+            b'{"messages": [{"role": "user", "content": "good", "name": ["bad \\udc00"]}]}\n',
+            "k.jsonl:1: has \\udc00, one half of",
+        ),
+        ("l.jsonl", b'{"text": "good", "id": ' + 5000 * b"7" + b"}\n", "l.jsonl:1: has a whole number of too many"),
+        ("m.jsonl", 200_000 * b"[", "m.jsonl:1: is nested too deeply"),
+        ("n.JSONL", b'{"text": \n', "n.JSONL:1: not valid JSON"),
+        ("o.json", b'{"text": "good"}\n["text"]\n', "o.json:2: must be an object"),
+        ("p.Json", b'{"txt": "typo"}\n', "p.Json:1: must be an object"),
     ],
 )
 def test_a_data_file(refused: Refused, tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -121,15 +140,39 @@ def test_chats_for_a_model_without_a_template(refused: Refused, weightless: Path
     (model / "chat_template.jinja").unlink()
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}))
-    assert "no chat template" in refused("--model", model, "--data", chats)
+    assert f"{chats}:1: the model has no chat template" in refused("--model", model, "--data", chats)
 
 
-def test_chats_that_the_template_refuses(refused: Refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ raise_exception('two\nlines') }}", "two lines"),
+        ("{{ raise_exception(messages[0]['content']) }}", "Hello again and again"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{{ messages[0]['content'] + 1 }}", "str"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].nothing.more }}", "has no attribute 'nothing'"),
+        ("{{ 'x'.index('y') }}", "substring not found"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ],
+)
+def test_chats_that_the_template_refuses(refused: Refused, tmp_path: Path, template: str, reason: str) -> None:
     model = tiny.save_model(tmp_path / "model", weights=False)
-    (model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    (model / "chat_template.jinja").write_text(template)
     chats = tmp_path / "chats.jsonl"
-    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}))
-    assert "roles must alternate" in refused("--model", model, "--data", chats)
+    chat = {"messages": [{"role": "user", "content": "Hello " + 100 * "again and "}]}
+    chats.write_text(f'{{"text": "{tiny.TEXT[:20]}"}}\n{json.dumps(chat)}\n')
+    message = refused("--model", model, "--data", chats)
+    assert message.startswith(f"lora_kernels: error: {chats}:2: the model's chat template fails: ")
+    assert reason in message
+    assert len(message) < len(str(chats)) + 300
+
+
+@pytest.mark.parametrize("value", ["off", "2"])
+def test_a_switch_that_is_neither_on_nor_off(refused: Refused, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("LORA_KERNELS", value)
+    assert f"LORA_KERNELS in the environment was '{value}', but must be 0 or 1" in refused()
 
 
 def test_an_output_directory_that_is_a_file(refused: Refused, tmp_path: Path) -> None:

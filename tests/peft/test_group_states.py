@@ -241,3 +241,35 @@ def test_modules_of_other_code_are_left_alone() -> None:
         model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear"), nn.Sequential(kind()))
         assert apply_lora_kernels(model).blocks == ()
         assert type(model[0]) is kind
+
+
+class NamedOtherwise(nn.Module):
+    """An MLP whose forward names its input as transformers' Qwen2.5-VL does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_state)) * self.up_proj(hidden_state))
+
+
+@pytest.mark.parametrize("name", ["hidden_state", "x"])
+def test_an_mlp_is_called_by_its_own_parameters_name(name: str, device: str, calls: Calls) -> None:
+    """A Llama's is named x."""
+    stock: Any = decoder(adapted(device=device)).mlp
+    if name == "hidden_state":
+        config = peft.LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"])
+        stock = peft.inject_adapter_in_model(config, NamedOtherwise()).to(device)
+        randomize_adapters(stock)
+    mlp = copy.deepcopy(stock)
+    assert all(block.grouped for block in apply_lora_kernels(mlp).blocks)
+    assert peft_blocks.is_grouped(mlp)
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    assert_same(stock(x), mlp(**{name: x}), 1e-5)
+    assert_same(stock(x), mlp(x), 1e-5)
+    assert calls.take() == (0, 2)
+    for wrong, arguments in [((), {"y": x}), ((), {}), ((x,), {name: x}), ((x, x), {})]:
+        with pytest.raises(TypeError, match=r"argument"):
+            mlp(*wrong, **arguments)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -451,3 +453,35 @@ def test_paged_optimizers_train_the_adapters(optimizer: str) -> None:
     assert torch.equal(fused.base_layer.weight, frozen)
     paged = [t for state in step.state.values() for t in state.values() if getattr(t, "is_paged", False)]
     assert paged, "no state is paged"
+
+
+IN_A_FRESH_PROCESS = """
+import sys, torch, peft, lora_kernels
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+
+def adapted():
+    model = nn.Sequential(Linear4bit(64, 32, quant_type="nf4").to("cpu"))
+    model.is_loaded_in_4bit = True
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+
+if sys.argv[1] == "patched":
+    lora_kernels.patch_peft()
+    model = adapted()
+elif sys.argv[1] == "applied":
+    model = adapted()
+else:
+    model = adapted()
+    lora_kernels.patch_peft()
+if sys.argv[1] != "patched":
+    assert lora_kernels.apply_lora_kernels(model).fused == 1
+assert type(model.base_model.model[0]).__module__ == "lora_kernels.integrations.peft_nf4"
+"""
+
+
+@pytest.mark.parametrize("how", ["patched", "applied", "patched, then applied"])
+def test_the_first_nf4_layer_of_a_process(how: str) -> None:
+    """It is what has lora.Linear4bit checked, by a layer that PEFT makes in the middle of making this one."""
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, how]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -12,6 +12,7 @@ from lora_kernels.cli.files import require_writable
 from lora_kernels.cli.finetune import options as finetune_options
 from lora_kernels.cli.finetune.options import Options
 from lora_kernels.cli.quiet import quieten_libraries
+from lora_kernels.switches import is_on
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
     options = finetune_options.from_args(args, on_gpu=torch.cuda.is_available())
     _require_packages(options)
     quieten_libraries()
-    runs = _execute_all(_prepare(options))
+    from lora_kernels.cli.finetune.model import gguf_read_once
+
+    with gguf_read_once():
+        runs = _execute_all(_prepare(options))
     _report(options, runs)
     return EXIT_INTERRUPTED if runs[-1].interrupted else 0
 
@@ -47,11 +51,20 @@ def _require_packages(options: Options) -> None:
         raise UserError(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
 
 
+def _require_readable_switch() -> None:
+    # apply_lora_kernels reads it when the weights are loaded.
+    try:
+        is_on("LORA_KERNELS")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def _prepare(options: Options) -> "Job":
     """Everything that can be refused, refused before any weight is loaded; cheap checks first."""
     from lora_kernels.cli.finetune import data, model
     from lora_kernels.cli.finetune.training import Job
 
+    _require_readable_switch()
     documents = data.read_documents(options.data)
     source = model.find_model(options.model)
     config = model.read_config(source)

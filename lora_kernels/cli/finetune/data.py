@@ -4,15 +4,22 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import torch
 
 from lora_kernels.cli.errors import UserError
 
-Document = str | list[dict[str, str]]
-"""Plain text, or the messages of a chat."""
+
+class Chat(NamedTuple):
+    """The messages of a chat, and the file and line that they are from."""
+
+    where: str
+    messages: list[dict[str, str]]
+
+
+Document = str | Chat
 
 Example = dict[str, torch.Tensor]
 
@@ -21,6 +28,20 @@ HELD_OUT_SHARE = 10
 HELD_OUT_MOST = 16
 
 IGNORED_LABEL = -100
+
+_REASON_LENGTH = 200
+_JSONL_SUFFIXES = (".jsonl", ".json")
+
+# A chat template is a program that comes with the model: besides jinja's, it raises what operations in it raise.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +62,7 @@ def read_documents(paths: Sequence[Path]) -> list[Document]:
     documents: list[Document] = []
     for path in paths:
         text = _read_text(path)
-        documents += _parse_jsonl(path, text) if path.suffix == ".jsonl" else [text]
+        documents += _parse_jsonl(path, text) if path.suffix.lower() in _JSONL_SUFFIXES else [text]
     return documents
 
 
@@ -54,8 +75,7 @@ def tokenize(documents: Iterable[Document], tokenizer: Any) -> list[int]:
             ids += tokenizer(document, verbose=False)["input_ids"]
         else:
             # The template writes the special tokens itself, so that the tokenizer must not add them again.
-            chat = _render_chat(document, tokenizer)
-            ids += tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += tokenizer(_render_chat(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
         ids += end
     return ids
 
@@ -82,14 +102,18 @@ def split(ids: Sequence[int], seq: int) -> Corpus:
     )
 
 
-def _render_chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
+def _render_chat(chat: Chat, tokenizer: Any) -> str:
     if tokenizer.chat_template is None:
-        raise UserError('the model has no chat template, so that it cannot take "messages": use "text"')
+        raise UserError(
+            f'{chat.where}: the model has no chat template, so that it cannot take "messages": use "text"'
+        )
     try:
-        chat: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template refuses the messages {messages}: {error}") from None
-    return chat
+        text: str = tokenizer.apply_chat_template(chat.messages, tokenize=False)
+    except _TEMPLATE_ERRORS as error:
+        # In one line, and not a long one: a template may well quote what it was given.
+        why = " ".join(str(error).split())[:_REASON_LENGTH] or type(error).__name__
+        raise UserError(f"{chat.where}: the model's chat template fails: {why}") from None
+    return text
 
 
 def _language_reference() -> list[Document]:
@@ -126,17 +150,33 @@ def _parse_line(where: str, line: str) -> Document:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except ValueError:
+        # Python reads no longer ones: it would take time that grows with the square of their length.
+        raise UserError(f"{where}: has a whole number of too many digits") from None
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply") from None
     if not isinstance(record, dict) or not record.keys() & {"text", "messages"}:
         raise UserError(f'{where}: must be an object with "text" or "messages"')
     if "text" in record:
         content = record["text"]
         if not isinstance(content, str) or not content.strip():
             raise UserError(f'{where}: "text" must be a string that is not empty')
+        _require_unicode(where, content)
         return content
     messages = record["messages"]
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise UserError(f'{where}: "messages" must be a list of objects with strings "role" and "content"')
-    return messages
+    # Whatever else a message has, the template may read.
+    _require_unicode(where, json.dumps(messages, ensure_ascii=False))
+    return Chat(where, messages)
+
+
+def _require_unicode(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(f"{where}: has {half}, one half of a surrogate pair, which is no character") from None
 
 
 def _is_message(message: object) -> bool:

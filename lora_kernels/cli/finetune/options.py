@@ -6,8 +6,11 @@ from pathlib import Path
 
 from lora_kernels.backends import MAX_RANK
 from lora_kernels.cli.arguments import number, whole
+from lora_kernels.cli.errors import UserError
 
 ALL_LINEAR = "all-linear"
+# NumPy, which Trainer seeds too, takes no larger one.
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help='text files, or .jsonl files with an object a line that has "text" or "messages"'
+        help='text files, or .jsonl or .json files with an object a line that has "text" or "messages"'
         " (default: the Python language reference)",
     )
     parser.add_argument("--rank", type=whole(1, MAX_RANK), default=16, help="default: 16")
@@ -91,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens in a sequence (default: {CPU_SIZE.seq} on a CPU, {GPU_SIZE.seq} on a GPU)",
     )
     parser.add_argument("--lr", type=number(above=0), default=5e-4, help="learning rate (default: 5e-4)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="default: 0")
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="default: 0")
     parser.add_argument("--compare", action="store_true", help="train again with stock PEFT and compare")
     parser.add_argument(
         "--out",
@@ -103,7 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_args(args: argparse.Namespace, *, on_gpu: bool) -> Options:
-    """Fills in the defaults that depend on the device."""
+    """Fills in the defaults that depend on the device; raises UserError for options that contradict each other."""
+    if ALL_LINEAR in args.targets and len(args.targets) > 1:
+        raise UserError(f"--targets {' '.join(args.targets)}: {ALL_LINEAR} takes no other names beside it")
     size = GPU_SIZE if on_gpu else CPU_SIZE
     return Options(
         model=args.model,
