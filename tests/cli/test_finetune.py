@@ -19,8 +19,9 @@ import tiny
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_kernels import apply_lora_kernels
-from lora_kernels.cli.finetune import data
+from lora_kernels import apply_lora_kernels, native
+from lora_kernels.cli.finetune import data, report
+from lora_kernels.cli.finetune.training import Run
 from lora_kernels.cli.main import main
 
 SEQ = 32
@@ -282,3 +283,12 @@ def test_interrupt_before_training(model_dir: Path, text: Path, tmp_path: Path) 
     assert "Traceback" not in stderr
     assert not (out / "adapter_model.safetensors").exists()
     assert "none: interrupted before training" in stdout
+
+
+@pytest.mark.parametrize(("gpu", "compiled"), [(True, False), (True, True), (False, False)])
+def test_the_summary_says_how_launches_get_faster(gpu: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(native, "why_not", lambda: None if compiled else native.NOT_COMPILED)
+    advice = "`python -m lora_kernels build`"
+    assert (advice in report.summary(Run("lora_kernels", {"q_proj": None}))) == (gpu and not compiled)
+    assert advice not in report.summary(Run("stock PEFT"))

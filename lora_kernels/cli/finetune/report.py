@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from lora_kernels import native
 from lora_kernels.cli.environment import gpu_names, versions
 from lora_kernels.cli.finetune.options import Options
 from lora_kernels.cli.finetune.training import Run
@@ -57,7 +60,10 @@ def _fused_layers(run: Run) -> list[str]:
     reasons = Counter(run.layers.values())
     fused = reasons.pop(None, 0)
     lines = [f"  fused LoRA layers    {fused} of {len(run.layers)}"]
-    return lines + [f"    {count} not fused: {reason}" for reason, count in reasons.items()]
+    lines += [f"    {count} not fused: {reason}" for reason, count in reasons.items()]
+    if torch.cuda.is_available() and native.why_not() == native.NOT_COMPILED:
+        lines.append("  launches             from Python; `python -m lora_kernels build` makes short steps faster")
+    return lines
 
 
 def _measurements(run: Run) -> list[tuple[str, float | None, str]]:
