@@ -1,9 +1,7 @@
-// What nf4_stream.cuh is made of: decoding by bytes, the copies of tiles and their scales, products for S, and the sums
-// of warps and blocks.
+// What nf4_stream.cuh is made of: the copies of tiles and their scales, products for S, and the sums of warps and blocks.
 #pragma once
 
-#include "nf4.cuh"
-#include "nf4_ptx.cuh"
+#include "nf4_bytes.cuh"
 #include "nf4_stream.h"
 
 namespace lora_kernels {
@@ -36,44 +34,6 @@ struct Shape {
     return x_bytes(warps) + ring_bytes(warps) + sum_bytes(warps);
   }
 };
-
-// The 16 values of a block by their bytes, four to a word.
-struct ByteTable {
-  uint32_t low[4], high[4];
-};
-
-template <class T>
-__device__ inline ByteTable make_table(float scale) {
-  ByteTable table;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const auto value = [&](int code) { return __fmul_rn(nf4_value(code), scale); };
-    const uint32_t first = round_pair(value(4 * i), value(4 * i + 1), T());
-    const uint32_t second = round_pair(value(4 * i + 2), value(4 * i + 3), T());
-    table.low[i] = permute_bytes(first, second, 0x6420);
-    table.high[i] = permute_bytes(first, second, 0x7531);
-  }
-  return table;
-}
-
-// The eight weights of a word in their order. In each byte of it, the high half comes first.
-__device__ inline void look_up(uint32_t (&pairs)[4], const ByteTable& table, uint32_t word) {
-  const uint32_t digits = word & 0x77777777u;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t digit = digits >> (16 * i);
-    // A code's uppermost bit, where a digit's third is, chooses among four bytes without a bit and four of all ones.
-    // The sign of either is the byte itself.
-    const uint32_t is_upper = permute_bytes(0u, ~0u, word >> (16 * i + 1));
-    const auto of = [&](const uint32_t (&bytes)[4]) {
-      return (permute_bytes(bytes[0], bytes[1], digit) & ~is_upper) |
-             (permute_bytes(bytes[2], bytes[3], digit) & is_upper);
-    };
-    const uint32_t low = of(table.low), high = of(table.high);
-    pairs[2 * i] = permute_bytes(low, high, 0x4051);
-    pairs[2 * i + 1] = permute_bytes(low, high, 0x6273);
-  }
-}
 
 // Where 16 bytes lie in a warp's slice of X, [token, quarter, chunk]: the lanes of a quarter of a row read its eight
 // chunks one after the other. Eight lanes at a time read one each: those of two tokens, in different banks. A chunk
