@@ -1,5 +1,6 @@
 """`finetune` on a tiny model, from the files it reads to the files it writes."""
 
+import gc
 import json
 import os
 import re
@@ -15,12 +16,15 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import gguf
+import numpy
 import tiny
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_kernels import apply_lora_kernels, native
-from lora_kernels.cli.finetune import data, report
+from lora_kernels.cli.finetune import command, data, report
+from lora_kernels.cli.finetune.model import gguf_read_once
 from lora_kernels.cli.finetune.training import Run
 from lora_kernels.cli.main import main
 
@@ -162,6 +166,19 @@ def test_what_is_measured_runs_on_pefts_own_layers(
     assert all(fused)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_adapters_add_exactly_nothing(model_dir: Path, dtype: torch.dtype) -> None:
+    """So what is measured before training may be measured without them."""
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    model = get_peft_model(base, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")).to(DEVICE).eval()
+    ids = torch.arange(100, device=DEVICE).view(2, 50)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, logits)
+    assert any(p.requires_grad for p in model.parameters())
+
+
 def test_epochs_and_chats_and_chosen_targets(model_dir: Path, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     lines = [{"messages": [{"role": "user", "content": line}]} for line in tiny.TEXT.splitlines()]
@@ -186,6 +203,42 @@ def test_gguf(text: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert run["loss_before"] == pytest.approx(_held_out_loss(expected, tmp_path / "tokenizer"), abs=SAME_LOSS)
     assert run["loss_after"] < run["loss_before"]
+
+
+def test_a_gguf_file_is_read_once_and_as_gguf_reads_it(tmp_path: Path) -> None:
+    path = tiny.save_gguf(tmp_path / "tiny.gguf")
+    read, name = gguf.GGUFReader, gguf.get_tensor_name_map
+    with gguf_read_once():
+        reader, names = gguf.GGUFReader(path), gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        assert gguf.GGUFReader(path) is reader
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is names
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (read, name)
+    assert names.mapping == name(gguf.MODEL_ARCH.LLAMA, 2).mapping
+
+    expected = read(path)
+    assert list(reader.fields) == list(expected.fields)
+    for field, other in zip(reader.fields.values(), expected.fields.values(), strict=True):
+        assert (field.data, field.types) == (other.data, other.types)
+        assert [part.tobytes() for part in field.parts] == [part.tobytes() for part in other.parts]
+    assert len(reader.tensors) == len(expected.tensors)
+    for tensor, other in zip(reader.tensors, expected.tensors, strict=True):
+        assert (tensor.name, tensor.tensor_type) == (other.name, other.tensor_type)
+        assert numpy.array_equal(tensor.data, other.data)
+        # What is cut out of one takes four times as long.
+        assert not isinstance(tensor.data, numpy.memmap)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_is_collected_again_after_the_imports(collects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    during: list[bool] = []
+    monkeypatch.setattr(command, "quieten_libraries", lambda: during.append(gc.isenabled()))
+    if not collects:
+        gc.disable()
+    try:
+        command._import_libraries()
+        assert (during, gc.isenabled()) == ([False], collects)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
