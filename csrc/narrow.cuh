@@ -294,30 +294,38 @@ __global__ void sum_parts_kernel(NarrowPlan plan) {
 }
 
 constexpr int kFewTokens = 8;  // of a block of few_rows_kernel
-constexpr int kFewThreads = 256;
+constexpr int kFewThreads = 512;
 
 // S for a few tokens, in one launch: a block takes one column of it, [kFewTokens] long, and divides the depth among its
 // threads. x is read once for each column, from L2.
 template <class T>
 __global__ void __launch_bounds__(kFewThreads) few_rows_kernel(NarrowProduct p, bool round_narrow) {
   __shared__ float sums[kFewThreads / 32][kFewTokens];
+  let_next_launch_begin();
   const int64_t r = blockIdx.x, w0 = static_cast<int64_t>(blockIdx.y) * kFewTokens;
   const bool masked = p.dropout.seed != nullptr;
   const int64_t seed = masked ? *p.dropout.seed : 0;
-  float acc[kFewTokens] = {};
-  for (int64_t d = threadIdx.x * 8; d < p.depth; d += kFewThreads * 8) {
+  const bool vectors = p.narrow_vectors && p.stride_d == 1;
+  const auto narrow_of = [&](int64_t d, int64_t count) {
+    const int64_t offset = d * p.stride_d + r * p.stride_r;
+    if (!round_narrow && p.narrow_dtype == DType::kFloat32) {
+      return load_eight(static_cast<const float*>(p.narrow) + offset, p.stride_d, count, vectors);
+    }
+    const Eight<T> rounded = load_eight_as<T>(p.narrow, p.narrow_dtype, offset, p.stride_d, count, vectors);
     Eight<float> narrow;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float value = d + i < p.depth ? load_number(p.narrow, p.narrow_dtype, (d + i) * p.stride_d + r * p.stride_r)
-                                          : 0.0f;
-      narrow.value[i] = round_narrow ? to_float(from_float<T>(value)) : value;
-    }
+    for (int i = 0; i < 8; ++i) narrow.value[i] = to_float(rounded.value[i]);
+    return narrow;
+  };
+  float acc[kFewTokens] = {};
+  for (int64_t d = threadIdx.x * 8; d < p.depth; d += kFewThreads * 8) {
+    const Eight<float> narrow = narrow_of(d, p.depth - d);
 #pragma unroll
     for (int token = 0; token < kFewTokens; ++token) {
       const int64_t w = w0 + token;
-      Eight<T> wide = load_eight(static_cast<const T*>(p.wide) + w * p.wide_stride + d, 1,
-                                 w < p.width ? p.depth - d : 0, p.wide_vectors);
+      // The same for all threads.
+      if (w >= p.width) break;
+      Eight<T> wide = load_eight(static_cast<const T*>(p.wide) + w * p.wide_stride + d, 1, p.depth - d, p.wide_vectors);
       if (masked) mask_eight(wide, seed, w, d, p.dropout.threshold);
 #pragma unroll
       for (int i = 0; i < 8; ++i) acc[token] = fmaf(to_float(wide.value[i]), narrow.value[i], acc[token]);

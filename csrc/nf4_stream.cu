@@ -1,109 +1,117 @@
 #include "nf4_stream.cuh"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "launch.cuh"
+#include "nf4_stream_down.cuh"
 
 namespace lora_kernels {
 namespace {
 
 using namespace nf4_stream_tile;
 
-// The kernel takes any number, in chunks of what a block holds; with more, that of nf4.cuh or a decoded copy is faster.
+// Two fragments of tokens. With more, the kernel of nf4.cuh or a decoded copy is faster.
 constexpr int64_t kMostTokens = 16;
+constexpr int kStages = 3;
 
-// launch(Shape()) with the least shape that takes all tokens.
-template <class Launch>
-auto with_shape(const OnePass& problem, Launch launch) {
-  return problem.M <= 8 ? launch(Shape<1, 2, 4>()) : launch(Shape<2, 2, 1>());
+// Beside its dynamic memory a block has a map of scales, and beside itself one of nf4_stream_down_kernel.
+int shared_bytes(const OnePass& problem, const StreamPlan& plan) {
+  return x_bytes(plan, problem.M) + ring_bytes<kStages>(plan) + 2048 + 10240;
 }
 
-// Beside its dynamic memory a block has a map of scales, and what every block takes.
-template <class Shape>
-int shared_bytes(int warps) {
-  return Shape::bytes(warps) + 3072;
-}
-
-struct Chip {
-  int multiprocessors, shared, shared_of_block;
-};
-
-Chip chip() {
-  return {multiprocessors(), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
-}
-
-// With blocks of so many warps, of which a multiprocessor takes several.
-template <class Shape>
-int blocks_at_once(const Chip& chip, int warps) {
-  return std::min(chip.shared / shared_bytes<Shape>(warps), kMostThreads / 32 / warps) * chip.multiprocessors;
-}
-
-template <class Shape>
-StreamPlan plan_with(const OnePass& problem, const Chip& chip, int warps) {
+StreamPlan divide(const OnePass& problem, int tiles, int groups, int parts) {
   StreamPlan plan{};
-  plan.warps = warps;
-  plan.groups = static_cast<int>(divide_up(problem.K, warps * kSlice));
-  plan.chunks = static_cast<int>(divide_up(problem.M, Shape::kTokens));
-  plan.tiles = static_cast<int>(divide_up(problem.N, kRows));
-  const int64_t columns = int64_t{plan.groups} * plan.chunks;
-  plan.blocks = static_cast<int>(std::clamp<int64_t>(blocks_at_once<Shape>(chip, warps) / columns, 1, plan.tiles));
+  plan.tiles = tiles, plan.groups = groups;
+  const int64_t slices = divide_up(problem.K, int64_t{kSlice});
+  plan.slices = static_cast<int>(divide_up(slices, int64_t{parts}));
+  // Of the last part something has to be left.
+  plan.parts = static_cast<int>(divide_up(slices, int64_t{plan.slices}));
+  plan.places = static_cast<int>(divide_up(problem.N, int64_t{tiles} * kRows));
   return plan;
 }
 
-// The number of warps with which the block that has most to do is through first.
-template <class Shape>
-StreamPlan plan_for(const OnePass& problem) {
-  const Chip here = chip();
+// The division with which the multiprocessor that has most to do is through first. What things cost is counted in slices
+// of a tile that a multiprocessor does one after the other, as an H100 showed it.
+StreamPlan best_plan(const OnePass& problem, int chip, int shared_of_block) {
+  constexpr int kMostWarps = kMostThreads / 32, kMostParts = 8;
+  // Starting a block and adding up; with less than 8 warps, some of a multiprocessor's time is nobody's.
+  constexpr int64_t kBlockCost = 40, kBusyWarps = 8;
+  // A slice of X costs as much as one of a tile for so many tokens.
+  constexpr int64_t kTokens = 8;
   StreamPlan best{};
   int64_t least = 0;
-  for (int warps = kMostThreads / 32; warps > 0; warps /= 2) {
-    if (shared_bytes<Shape>(warps) > here.shared_of_block) continue;
-    const StreamPlan plan = plan_with<Shape>(problem, here, warps);
-    const int64_t blocks = int64_t{plan.groups} * plan.chunks * plan.blocks;
-    const int64_t at_once = blocks_at_once<Shape>(here, warps);
-    const int64_t turns = divide_up(blocks, at_once) * divide_up(plan.tiles, plan.blocks);
-    // The warps of a multiprocessor share its time; with fewer than 16, some of it is nobody's.
-    const int64_t cost = turns * std::max<int64_t>(warps * at_once, 16 * here.multiprocessors);
-    if (best.warps == 0 || cost < least) best = plan, least = cost;
+  for (int parts = 1; parts <= kMostParts; ++parts) {
+    for (int tiles = 1; tiles <= kMostWarps; ++tiles) {
+      for (int groups = 1; tiles * groups <= kMostWarps; ++groups) {
+        const StreamPlan plan = divide(problem, tiles, groups, parts);
+        if (shared_bytes(problem, plan) > shared_of_block || plan.parts != parts || groups > plan.slices) continue;
+        const int64_t waves = divide_up(int64_t{plan.places} * parts, chip);
+        const int64_t turns = divide_up(plan.slices, groups) * std::max<int64_t>(tiles * groups, kBusyWarps);
+        const int64_t parts_cost = parts > 1 ? 12 + 2 * parts : 0;
+        const int64_t cost = waves * (turns + plan.slices * problem.M / kTokens + kBlockCost) + parts_cost;
+        if (best.tiles == 0 || cost < least) best = plan, least = cost;
+      }
+    }
   }
   return best;
 }
 
-int s_tiles(const OnePass& problem, const StreamPlan& plan) {
-  return problem.precision == Precision::kSplit ? 0 : static_cast<int>(divide_up(problem.R, kRows)) * plan.chunks;
+// The same, which is asked for several times a call.
+StreamPlan plan_for(const OnePass& problem) {
+  struct Known {
+    int64_t M, N, K;
+    int chip, shared;
+    StreamPlan plan;
+  };
+  thread_local Known last{};
+  const int chip = multiprocessors(), shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (last.M != problem.M || last.N != problem.N || last.K != problem.K || last.chip != chip || last.shared != shared) {
+    last = {problem.M, problem.N, problem.K, chip, shared, best_plan(problem, chip, shared)};
+  }
+  return last.plan;
 }
 
-template <class Shape>
-int64_t batches(const StreamPlan& plan) {
-  return int64_t{plan.chunks} * plan.blocks * divide_up(plan.tiles, int64_t{plan.blocks} * Shape::kBatch);
+// Whether rows of S and columns of U are whole groups of eight that start on 16 bytes.
+bool branch_vectors(const OnePass& problem) {
+  const Matrix& up = problem.up;
+  return problem.R % 8 == 0 && up.row_stride == 1 &&
+         starts_on_16_bytes(up.data, up.column_stride, bytes_of(up.dtype));
 }
 
-template <class Shape>
-int64_t workspace_of(const OnePass& problem, const StreamPlan& plan) {
-  return s_tiles(problem, plan) * divide_up(problem.K, plan.warps * kShare) * Shape::kWarpFloats +
-         batches<Shape>(plan) * plan.groups * Shape::kPartFloats;
+bool down_vectors(const Matrix& down) {
+  return down.row_stride == 1 && starts_on_16_bytes(down.data, down.column_stride, bytes_of(down.dtype));
 }
 
-template <class Shape>
-int counters_of(const OnePass& problem, const StreamPlan& plan) {
-  return kArrivals + s_tiles(problem, plan) + static_cast<int>(batches<Shape>(plan));
+// S with 32-bit adapters that are not rounded is float32 arithmetic's, which adapter_down has.
+bool has_down(const OnePass& problem) { return problem.precision != Precision::kSplit; }
+
+int64_t part_floats(const OnePass& problem, const StreamPlan& plan) {
+  return plan.parts > 1 ? int64_t{plan.places} * plan.parts * plan.tiles * kRows * problem.M : 0;
 }
 
-// Whether neighbours in a column lie side by side, from 16 bytes on.
-bool vectors(const Matrix& matrix) {
-  return matrix.row_stride == 1 && starts_on_16_bytes(matrix.data, matrix.column_stride, bytes_of(matrix.dtype));
+int part_counters(const StreamPlan& plan) { return plan.parts > 1 ? plan.places : 0; }
+
+template <class T, int kTokenTiles>
+void launch_down(const OnePass& problem, float* workspace, int* counters, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(down_parts(problem)), static_cast<unsigned>(down_tiles(problem)));
+  const auto kernel = nf4_stream_down_kernel<T, kTokenTiles>;
+  // How a multiprocessor divides its memory cannot change while a block runs: as the launch after it wants it.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "nf4_stream_down_kernel");
+  launch("nf4_stream_down_kernel", kernel, grid, kDownThreads, 0, stream, problem, down_vectors(problem.down),
+         workspace, counters);
 }
 
-template <class T, class Shape>
+template <class T, int kTokenTiles>
 void launch_stream(const OnePass& problem, const Nf4& weight, const StreamPlan& plan, float* workspace, int* counters,
                    cudaStream_t stream) {
   int log2_block = 0;
   while (int64_t{1} << log2_block < weight.block_size) ++log2_block;
-  const int64_t blocks = int64_t{plan.groups} * plan.chunks * plan.blocks;
-  launch("nf4_stream_kernel", nf4_stream_kernel<T, Shape>, static_cast<unsigned>(blocks), plan.warps * 32,
-         Shape::bytes(plan.warps), stream, problem, weight, log2_block, plan, vectors(problem.down),
-         vectors(problem.up), workspace, counters);
+  launch_overlapping("nf4_stream_kernel", nf4_stream_kernel<T, kTokenTiles, kStages>,
+                     static_cast<unsigned>(plan.places * plan.parts), plan.tiles * plan.groups * 32,
+                     x_bytes(plan, problem.M) + ring_bytes<kStages>(plan), stream, problem, weight, log2_block, plan,
+                     branch_vectors(problem), workspace, counters);
 }
 
 }  // namespace
@@ -111,33 +119,37 @@ void launch_stream(const OnePass& problem, const Nf4& weight, const StreamPlan& 
 bool nf4_stream_fits(const OnePass& problem, const Nf4& weight) {
   return problem.dtype != DType::kFloat32 && problem.M <= kMostTokens && weight.block_size >= kRun &&
          problem.K % kRun == 0 && starts_on_16_bytes(weight.packed, 0, 1) &&
-         starts_on_16_bytes(problem.x.data, problem.x.row_stride, 2);
+         starts_on_16_bytes(problem.x.data, problem.x.row_stride, 2) && plan_for(problem).tiles != 0;
 }
 
 int64_t nf4_stream_workspace(const OnePass& problem) {
-  return with_shape(problem, [&](auto shape) {
-    using Shape = decltype(shape);
-    return workspace_of<Shape>(problem, plan_for<Shape>(problem));
-  });
+  const int64_t down = has_down(problem) ? int64_t{down_parts(problem)} * down_tiles(problem) * kRows * kMostTokens : 0;
+  return part_floats(problem, plan_for(problem)) + down;
 }
 
 int nf4_stream_counters(const OnePass& problem) {
-  return with_shape(problem, [&](auto shape) {
-    using Shape = decltype(shape);
-    return counters_of<Shape>(problem, plan_for<Shape>(problem));
-  });
+  return part_counters(plan_for(problem)) + (has_down(problem) ? down_tiles(problem) : 0);
 }
 
 void nf4_stream(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, cudaStream_t stream) {
-  with_shape(problem, [&](auto shape) {
-    using Shape = decltype(shape);
-    const StreamPlan plan = plan_for<Shape>(problem);
-    if (problem.dtype == DType::kFloat16) {
-      launch_stream<half, Shape>(problem, weight, plan, workspace, counters, stream);
+  const StreamPlan plan = plan_for(problem);
+  const auto start = [&](auto number, auto token_tiles) {
+    using T = decltype(number);
+    constexpr int kTokenTiles = decltype(token_tiles)::value;
+    if (has_down(problem)) {
+      launch_down<T, kTokenTiles>(problem, workspace + part_floats(problem, plan), counters + part_counters(plan), stream);
     } else {
-      launch_stream<bf16, Shape>(problem, weight, plan, workspace, counters, stream);
+      adapter_down(problem, nullptr, stream);
     }
-  });
+    launch_stream<T, kTokenTiles>(problem, weight, plan, workspace, counters, stream);
+  };
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  if (problem.dtype == DType::kFloat16) {
+    problem.M <= 8 ? start(half(), One()) : start(half(), Two());
+  } else {
+    problem.M <= 8 ? start(bf16(), One()) : start(bf16(), Two());
+  }
 }
 
 }  // namespace lora_kernels

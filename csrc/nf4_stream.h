@@ -6,17 +6,18 @@
 namespace lora_kernels {
 
 struct StreamPlan {
-  int warps;   // of a block
-  int groups;  // of K: warps * kSlice columns each
-  int chunks;  // of the tokens
-  int tiles;   // of the rows of W: kRows each
-  int blocks;  // that share the tiles of a group and a chunk
+  int tiles;   // of W that a block has, kRows rows each
+  int groups;  // of a block's warps: each has every groups-th slice of K for all tiles, a warp for one of them
+  int parts;   // of K, which are other blocks'
+  int slices;  // of a part, kSlice columns each
+  int places;  // blocks of a part
 };
 
 // Every run of 64 codes must have one scale and start on 16 bytes, and K be a multiple of such runs.
 bool nf4_stream_fits(const OnePass& problem, const Nf4& weight);
 int64_t nf4_stream_workspace(const OnePass& problem);
 int nf4_stream_counters(const OnePass& problem);
+// Two launches, or that of adapter_down and one: S, and out while S is under way.
 void nf4_stream(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, cudaStream_t stream);
 
 }  // namespace lora_kernels

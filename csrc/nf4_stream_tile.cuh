@@ -1,4 +1,4 @@
-// What nf4_stream.cuh is made of: the copies of tiles and their scales, products for S, and the sums of warps and blocks.
+// What nf4_stream.cuh is made of: copies of X and of tiles, their scales, and the sums of warps and blocks.
 #pragma once
 
 #include "nf4_bytes.cuh"
@@ -8,67 +8,64 @@ namespace lora_kernels {
 namespace nf4_stream_tile {
 
 constexpr int kRows = 16, kRun = 64, kSlice = 4 * kRun;
-// Of K, what a warp takes of a part of S.
-constexpr int kShare = 64;
 constexpr int kMostThreads = 512;
-// Of a tile, a warp's slice of it.
+// Beside a block there have to be registers for one of nf4_stream_down.cuh, which is under way when this one starts.
+constexpr int kThreadsBeside = 128;
+// Of a tile, a slice of it.
 constexpr int kRowBytes = kSlice / 2, kTileBytes = kRows * kRowBytes;
-// What a launch counts in, before a counter for each rank tile of each chunk and each batch of each block: parts of S
-// drawn, tiles of S complete, blocks that are through.
-constexpr int kDrawn = 0, kComplete = 1, kThrough = 2, kArrivals = 3;
-
-// Of a launch: a block takes up to kTokenTiles_ * 8 tokens, has copies of kStages_ tiles under way, that in use among
-// them, and its warps meet after kBatch_ tiles, with the sums of two batches in memory.
-template <int kTokenTiles_, int kStages_, int kBatch_>
-struct Shape {
-  static constexpr int kTokenTiles = kTokenTiles_, kStages = kStages_, kBatch = kBatch_;
-  static constexpr int kTokens = kTokenTiles * 8;
-  // Numbers of 16 x 8 that a warp has of a batch, and a block when its warps are added up.
-  static constexpr int kWarpFloats = kTokenTiles * kRows * 8;
-  static constexpr int kPartFloats = kBatch * kWarpFloats;
-
-  __host__ __device__ static constexpr int x_bytes(int warps) { return warps * kTokens * kSlice * 2; }
-  __host__ __device__ static constexpr int ring_bytes(int warps) { return warps * kStages * kTileBytes; }
-  __host__ __device__ static constexpr int sum_bytes(int warps) { return 2 * warps * kPartFloats * 4; }
-  __host__ __device__ static constexpr int bytes(int warps) {
-    return x_bytes(warps) + ring_bytes(warps) + sum_bytes(warps);
-  }
-};
-
-// Where 16 bytes lie in a warp's slice of X, [token, quarter, chunk]: the lanes of a quarter of a row read its eight
-// chunks one after the other. Eight lanes at a time read one each: those of two tokens, in different banks. A chunk
-// only changes bits that are those of the first chunk otherwise.
+// Of a slice of X, one token.
 constexpr int kTokenBytes = kSlice * 2;
-__device__ inline int x_place(int token, int quarter, int chunk) {
-  return token * kTokenBytes + quarter * kRun * 2 + (chunk ^ (token % 2 * 4 + quarter)) * 16;
+
+// In shared memory a block has its part of X, and for each warp the tiles under way, that in use among them.
+__host__ __device__ inline int x_bytes(const StreamPlan& plan, int64_t tokens) {
+  return plan.slices * static_cast<int>(tokens) * kTokenBytes;
+}
+template <int kStages>
+__host__ __device__ inline int ring_bytes(const StreamPlan& plan) {
+  return plan.tiles * plan.groups * kStages * kTileBytes;
 }
 
-// The same of a slice of a tile, whose rows have two chunks for each quarter.
+// Where 16 bytes of X lie, [slice, chunk, token, quarter]: the lanes of a warp, four quarters for each of eight tokens,
+// read the same chunk of their quarters at a time, side by side.
+__device__ inline int x_place(int slice, int chunk, int tokens, int token, int quarter) {
+  return (((slice * 8 + chunk) * tokens + token) * 4 + quarter) * 16;
+}
+
+// All of a block's part of X, zeros behind K. Blocks that start at the same time start with different slices: the same
+// 16 bytes for all of them at once would be one bank of L2's business.
+template <class T>
+__device__ inline void copy_x(unsigned char* memory, const OnePass& p, int64_t k0, int slices, int first_slice) {
+  const int pieces = slices * (kSlice / 8), tokens = static_cast<int>(p.M);
+  for (int i = threadIdx.x; i < pieces; i += blockDim.x) {
+    const int ahead = i + first_slice * (kSlice / 8), piece = ahead < pieces ? ahead : ahead - pieces;
+    const int64_t k = k0 + piece * 8;
+    const bool inside = k < p.K;
+    const T* source = static_cast<const T*>(p.x.data) + (inside ? k : 0);
+    unsigned char* target = memory + x_place(piece / 32, piece % 8, tokens, 0, piece / 8 % 4);
+#pragma unroll 4
+    for (int token = 0; token < tokens; ++token) {
+      copy_async(target, source, inside);
+      source += p.x.row_stride, target += x_place(0, 0, tokens, 1, 0);
+    }
+  }
+}
+
+// Where 16 bytes of a tile's slice lie: a lane reads two chunks of its row, eight lanes at a time one of two rows.
 __device__ inline int tile_place(int row, int chunk) { return row * kRowBytes + (chunk ^ row % 2) * 16; }
 
-template <class T, int kTokens>
-__device__ inline void copy_x(unsigned char* target, const OnePass& p, int64_t m0, int64_t k0, int lane) {
-  const T* x = static_cast<const T*>(p.x.data);
-#pragma unroll 4
-  for (int token = 0; token < kTokens; ++token) {
-    const int64_t m = m0 + token, k = k0 + lane * 8;
-    const bool inside = m < p.M && k < p.K;
-    copy_async(target + x_place(token, lane / 8, lane % 8), x + (inside ? m * p.x.row_stride + k : 0), inside);
-  }
-}
-
-// A lane's share of the copies of a warp's tiles, one tile after the other.
+// A lane's share of the copies of a warp's tile, one of its slices after the other.
 struct TileCopies {
   const uint8_t* source;
-  int64_t next_rows, next_tile;  // bytes to the rows four further, and to the next tile
-  int rows_left, rows_a_tile, place;
+  int64_t next_rows;  // bytes to the rows four further
+  int64_t columns_left;
+  int columns_a_turn, rows_left, place;
 
-  __device__ TileCopies(const Nf4& weight, int64_t row, int64_t column, int rows, int lane)
+  __device__ TileCopies(const Nf4& weight, int64_t row, int64_t column, int columns, int lane)
       : source(weight.packed + ((row + lane / 8) * weight.columns + column) / 2 + lane % 8 * 16),
         next_rows(2 * weight.columns),
-        next_tile(rows * weight.columns / 2),
-        rows_left(column + lane % 8 * 32 < weight.columns ? static_cast<int>(weight.rows - row - lane / 8) : 0),
-        rows_a_tile(rows),
+        columns_left(weight.columns - column - lane % 8 * 32),
+        columns_a_turn(columns),
+        rows_left(static_cast<int>(weight.rows - row - lane / 8)),
         place(tile_place(lane / 8, lane % 8)) {}
 
   __device__ void next(unsigned char* target) {
@@ -76,31 +73,32 @@ struct TileCopies {
 #pragma unroll
     for (int i = 0; i < kRows; i += 4, from += next_rows) {
       // Rows are an even number apart: they have the same places.
-      copy_async(target + place + i * kRowBytes, from, i < rows_left);
+      copy_async(target + place + i * kRowBytes, from, i < rows_left && columns_left > 0);
     }
-    source += next_tile, rows_left -= rows_a_tile;
+    source += columns_a_turn / 2, columns_left -= columns_a_turn;
   }
 };
 
-// The scales of a lane's two runs of a tile, loaded as they are stored a tile ahead of their use.
+// The scales of a lane's two runs, loaded as they are stored a slice ahead of their use.
 struct Scales {
-  int64_t first, next_half, next_tile;  // counted in elements of the weight
-  int rows_left, rows_a_tile;
+  int64_t first, next_half;  // counted in elements of the weight
+  int64_t columns_left;
+  int columns_a_turn, rows_left;
   uint32_t bits[2];
   float nested[2];
 
-  __device__ Scales(const Nf4& weight, int64_t row, int64_t column, int rows, int lane)
+  __device__ Scales(const Nf4& weight, int64_t row, int64_t column, int columns, int lane)
       : first((row + lane / 4) * weight.columns + column + lane % 4 * kRun),
         next_half(8 * weight.columns),
-        next_tile(rows * weight.columns),
-        rows_left(column + lane % 4 * kRun < weight.columns ? static_cast<int>(weight.rows - row - lane / 4) : 0),
-        rows_a_tile(rows) {}
+        columns_left(weight.columns - column - lane % 4 * kRun),
+        columns_a_turn(columns),
+        rows_left(static_cast<int>(weight.rows - row - lane / 4)) {}
 
   __device__ void load(const Nf4& weight, int log2_block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       bits[half] = 0, nested[half] = 0.0f;
-      if (half * 8 >= rows_left) continue;
+      if (half * 8 >= rows_left || columns_left <= 0) continue;
       const auto block = static_cast<uint32_t>((first + half * next_half) >> log2_block);
       if (weight.nested_absmax == nullptr) {
         bits[half] = __ldg(static_cast<const uint32_t*>(weight.absmax) + block), nested[half] = 1.0f;
@@ -109,84 +107,34 @@ struct Scales {
         nested[half] = __ldg(weight.nested_absmax + block / kNestedBlock);
       }
     }
-    first += next_tile, rows_left -= rows_a_tile;
+    first += columns_a_turn, columns_left -= columns_a_turn;
   }
 
   // A scale that is not quantized is itself times one plus `offset`, which is -0 then.
   __device__ float get(int half, bool is_nested, const float* map, float offset) const {
-    const float value = is_nested ? map[bits[half]] : __uint_as_float(bits[half]);
+    const float mapped = map[bits[half] & 0xFF], value = is_nested ? mapped : __uint_as_float(bits[half]);
     return __fadd_rn(__fmul_rn(value, nested[half]), offset);
   }
 };
 
-// A warp's share of a product for 16 columns of S, which are rows here, and the tokens of a chunk.
-template <class T, int kTokenTiles>
-__device__ inline void multiply_down(float (&acc)[kTokenTiles][4], const OnePass& p, bool vectors, int64_t m0,
-                                     int64_t r0, int64_t k0, int lane) {
-  const T* x = static_cast<const T*>(p.x.data);
-  constexpr int kSteps = kShare / 32;
-  Eight<T> down[kSteps][2], token[kSteps][kTokenTiles];
+// What a warp has of its tile, in memory of its own: [fragment, lane, 4].
+template <int kTokenTiles>
+__device__ inline void store_sums(unsigned char* memory, const float (&acc)[kTokenTiles][4], int lane) {
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int64_t k = k0 + step * 32 + lane % 4 * 8;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t r = r0 + lane / 4 + 8 * i;
-      down[step][i] = load_eight_as<T>(p.down.data, p.down.dtype, k * p.down.row_stride + r * p.down.column_stride,
-                                       p.down.row_stride, r < p.R ? p.K - k : 0, vectors);
-    }
-#pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-      const int64_t m = m0 + j * 8 + lane / 4;
-      token[step][j] = load_eight(x + m * p.x.row_stride + k, 1, m < p.M ? p.K - k : 0, true);
-    }
-  }
-  const bool masked = p.mask_x && p.dropout.seed != nullptr;
-  const int64_t seed = masked ? *p.dropout.seed : 0;
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int64_t k = k0 + step * 32 + lane % 4 * 8;
-    const uint32_t *upper = reinterpret_cast<const uint32_t*>(&down[step][0]),
-                   *lower = reinterpret_cast<const uint32_t*>(&down[step][1]);
-#pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-      if (masked) mask_eight(token[step][j], seed, m0 + j * 8 + lane / 4, k, p.dropout.threshold);
-      const uint32_t* b = reinterpret_cast<const uint32_t*>(&token[step][j]);
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const uint32_t a[4] = {upper[i], lower[i], upper[i + 1], lower[i + 1]};
-        multiply(acc[j], a, b + i, T());
-      }
-    }
+  for (int j = 0; j < kTokenTiles; ++j) {
+    reinterpret_cast<float4*>(memory)[j * 32 + lane] = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
   }
 }
 
-// What the warps of a block have of some tiles, in shared memory: [tile, warp, fragment, lane, 4].
-template <int kTokenTiles>
-struct Sums {
-  float* data;
-  int warps;
-
-  __device__ float4* place(int tile, int warp, int fragment, int lane) const {
-    return reinterpret_cast<float4*>(data) + ((tile * warps + warp) * kTokenTiles + fragment) * 32 + lane;
-  }
-
-  __device__ void store(int tile, int warp, int lane, const float (&acc)[kTokenTiles][4]) const {
-#pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-      *place(tile, warp, j, lane) = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
-    }
-  }
-
-  // Of the first `of` warps, in their order.
-  __device__ float add(int tile, int row, int column, int of) const {
-    const float* first = reinterpret_cast<const float*>(place(tile, 0, column / 8, row % 8 * 4 + column % 8 / 2));
-    float sum = 0.0f;
+// An element of it, added over `count` warps in their order.
+__device__ inline float add_sums(const unsigned char* memory, int count, int bytes_apart, int row, int token) {
+  const int place = (token / 8 * 32 + row % 8 * 4 + token % 8 / 2) * 4 + row / 8 * 2 + token % 2;
+  memory += place * 4;
+  float sum = 0.0f;
 #pragma unroll 4
-    for (int w = 0; w < of; ++w) sum += first[w * kTokenTiles * 128 + row / 8 * 2 + column % 2];
-    return sum;
-  }
-};
+  for (int i = 0; i < count; ++i, memory += bytes_apart) sum += *reinterpret_cast<const float*>(memory);
+  return sum;
+}
 
 // Whether this block is the last of `parts` that come with theirs, and then sees those of the others.
 __device__ inline bool is_last(int* arrivals, int parts) {
@@ -197,6 +145,7 @@ __device__ inline bool is_last(int* arrivals, int parts) {
     __threadfence();
     last = atomicAdd(arrivals, 1) == parts - 1;
     __threadfence();
+    // Zero again, for the next launch on the stream or the next replay of the graph.
     if (last) *arrivals = 0;
   }
   __syncthreads();
@@ -211,52 +160,27 @@ __device__ inline float add_parts(const float* first, int parts, int stride) {
   return sum;
 }
 
-// What the warps have of a part of a tile of S is handed over; the last to come with one stores the tile, and says so.
-template <class T, int kTokenTiles>
-__device__ inline void finish_part(const OnePass& p, const Sums<kTokenTiles>& sums, int64_t m0, int64_t r0, int part,
-                                   int parts, float* partials, int* arrivals, int* complete) {
-  constexpr int kFloats = kTokenTiles * 8 * kRows;
-  __syncthreads();
-  for (int i = threadIdx.x; i < kFloats; i += blockDim.x) {
-    partials[static_cast<int64_t>(part) * kFloats + i] = sums.add(0, i % kRows, i / kRows, sums.warps);
-  }
-  if (!is_last(arrivals, parts)) return;
-  const float scale = p.scale_tensor == nullptr ? p.scale : *p.scale_tensor;
-  for (int i = threadIdx.x; i < kFloats; i += blockDim.x) {
-    const int64_t m = m0 + i / kRows, r = r0 + i % kRows;
-    if (m < p.M && r < p.R) store_number(p.s, p.dtype, m * p.R + r, scale * add_parts(partials + i, parts, kFloats));
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(complete, 1);
-  }
-}
-
-// An element of S U, where S was written in this launch, or by the one before.
+// An element of S U: a row of S, which the launch before wrote, and a column of U. `vectors` promises that both are whole
+// groups of eight that start on 16 bytes.
 template <class S, class U, class T>
-__device__ inline float branch_element(const OnePass& p, bool vectors, int64_t m, int64_t n) {
-  const S* s = static_cast<const S*>(p.s) + m * p.R;
-  const bool whole = p.R % 8 == 0;
+__device__ inline float branch_element(const S* s, const U* u, int64_t u_stride, int rank, bool vectors) {
   float sum = 0.0f;
+  if (!vectors) {
+    for (int r = 0; r < rank; ++r) {
+      sum = fmaf(to_float(__ldcg(s + r)), to_float(from_float<T>(to_float(u[r * u_stride]))), sum);
+    }
+    return sum;
+  }
 #pragma unroll 2
-  for (int64_t r = 0; r < p.R; r += 8) {
+  for (int r = 0; r < rank; r += 8) {
     Eight<S> left;
-    if (whole) {
 #pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(left) / 16); ++i) {
-        reinterpret_cast<uint4*>(&left)[i] = __ldcg(reinterpret_cast<const uint4*>(s + r) + i);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) left.value[i] = r + i < p.R ? __ldcg(s + r + i) : from_float<S>(0.0f);
+    for (int part = 0; part < static_cast<int>(sizeof(left) / 16); ++part) {
+      reinterpret_cast<uint4*>(&left)[part] = __ldcg(reinterpret_cast<const uint4*>(s + r) + part);
     }
-    const int64_t offset = r * p.up.row_stride + n * p.up.column_stride;
-    const Eight<U> right = load_eight(static_cast<const U*>(p.up.data) + offset, p.up.row_stride, p.R - r, vectors);
+    const Eight<T> right = load_eight_as<T>(u + r, dtype_of<U>(), 0, 1, 8, true);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      sum = fmaf(to_float(left.value[i]), to_float(from_float<T>(to_float(right.value[i]))), sum);
-    }
+    for (int i = 0; i < 8; ++i) sum = fmaf(to_float(left.value[i]), to_float(right.value[i]), sum);
   }
   return sum;
 }

@@ -30,6 +30,21 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kLeft) : "memory");
 }
 
+// Of a launch that began before the one before it on the stream was through (launch_overlapping): waits until it is, and
+// what it wrote can be read.
+__device__ inline void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// From here on, the launch that comes next on the stream may begin, if it is one of those.
+__device__ inline void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::);
+#endif
+}
+
 // Four matrices of 8 x 8 numbers of 16 bits. Lane i gives the address of row i % 8 of matrix i / 8, and gets of each
 // the numbers (row lane / 4, columns 2 * (lane % 4) and the one after it), or of its transpose.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {

@@ -25,6 +25,10 @@ inline void commit_copies() {}
 template <int kLeft>
 inline void wait_copies() {}
 
+// Here one launch comes after the other.
+inline void wait_for_launch_before() {}
+inline void let_next_launch_begin() {}
+
 inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   emulation::require(emulation::on_16_bytes(row));
   const int warp = emulation::warp(), lane = emulation::lane();
