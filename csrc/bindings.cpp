@@ -132,6 +132,13 @@ std::tuple<Tensor, Tensor> one_pass(const Tensor& x, const MaybeTensor& weight, 
                                 stream);
       return {out, s};
     }
+    if (!forward && lora_kernels::nf4_backward_fits(problem, packed)) {
+      TORCH_CHECK(zeros.numel() >= lora_kernels::nf4_backward_counters(problem), "too few counters");
+      const Tensor workspace = floats(x, lora_kernels::nf4_backward_workspace(problem, packed));
+      lora_kernels::nf4_backward(problem, packed, workspace.mutable_data_ptr<float>(), zeros.mutable_data_ptr<int>(),
+                                 stream);
+      return {out, s};
+    }
     const Tensor stored = at::empty({packed.rows, packed.columns}, x.options());
     lora_kernels::dequantize(packed, problem.dtype, stored.mutable_data_ptr(), stream);
     dense = forward ? stored.t() : stored;

@@ -20,6 +20,14 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
   check(cudaGetLastError(), name);
 }
 
+// For a kernel that a launch_overlapping comes after. How a multiprocessor divides its memory cannot change while a block
+// runs, so it is divided as the next launch, which has most of it as shared memory, wants it.
+template <class Kernel>
+void leave_room(const char* name, Kernel kernel) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        name);
+}
+
 // Begins as soon as the launch before lets it (let_next_launch_begin), from compute capability 9.0 on. The kernel calls
 // wait_for_launch_before where it needs what that one writes. Compiled for less it does not wait, and may not begin early.
 template <class... Parameters, class... Arguments>

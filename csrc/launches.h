@@ -34,6 +34,12 @@ int nf4_forward_counters(const OnePass& problem, const Nf4& weight);
 int64_t nf4_forward_workspace(const OnePass& problem, const Nf4& weight);
 void nf4_forward(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, cudaStream_t stream);
 
+// Both lines of OnePass, backward and without a bias, for few tokens: dy W from the packed weight. It counts likewise.
+bool nf4_backward_fits(const OnePass& problem, const Nf4& weight);
+int nf4_backward_counters(const OnePass& problem);
+int64_t nf4_backward_workspace(const OnePass& problem, const Nf4& weight);
+void nf4_backward(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, cudaStream_t stream);
+
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("lora_kernels: ") + what + " failed: " + cudaGetErrorString(error));

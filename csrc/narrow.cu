@@ -96,6 +96,7 @@ NarrowProduct down_product(const OnePass& problem) {
 template <class T>
 void launch_few_rows(const NarrowProduct& p, bool round_narrow, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.rank), static_cast<unsigned>(divide_up(p.width, kFewTokens)));
+  leave_room("few_rows_kernel", few_rows_kernel<T>);
   launch("few_rows_kernel", few_rows_kernel<T>, grid, kFewThreads, 0, stream, p, round_narrow);
 }
 

@@ -11,13 +11,6 @@ namespace {
 // Of a weight that does not stream. Beyond, one pass over it that decodes it, and a dense product, take less time.
 constexpr int64_t kMostTokens = 3 * nf4_tile::kTokens;
 
-// Block sizes are powers of two.
-int log2_of(int64_t block_size) {
-  int log2 = 0;
-  while (int64_t{1} << log2 < block_size) ++log2;
-  return log2;
-}
-
 template <class T>
 void launch_dequantize(const Nf4& weight, void* out, cudaStream_t stream) {
   const int64_t words = divide_up(weight.rows * weight.columns, 8);
@@ -74,10 +67,8 @@ int64_t nf4_forward_workspace(const OnePass& problem, const Nf4& weight) {
 }
 
 void nf4_forward(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, cudaStream_t stream) {
-  const bool streams = nf4_stream_fits(problem, weight);
-  // Products that round S to 16 bits are a part of the streaming kernel.
-  if (!streams || problem.precision == Precision::kSplit) adapter_down(problem, workspace, stream);
-  if (streams) return nf4_stream(problem, weight, workspace, counters, stream);
+  if (nf4_stream_fits(problem, weight)) return nf4_stream(problem, weight, workspace, counters, stream);
+  adapter_down(problem, workspace, stream);
   if (problem.dtype == DType::kFloat16) {
     launch_by_shape<half>(problem, weight, stream);
   } else {

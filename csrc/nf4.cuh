@@ -41,6 +41,13 @@ __host__ __device__ inline float nf4_scale(const Nf4& weight, int64_t block) {
 #endif
 }
 
+// Block sizes are powers of two.
+inline int log2_of(int64_t block_size) {
+  int log2 = 0;
+  while (int64_t{1} << log2 < block_size) ++log2;
+  return log2;
+}
+
 // The code of a lane's 32-bit word that comes `index`-th in the weight: low bytes first, in each the high half first.
 __host__ __device__ inline int nf4_code(uint32_t word, int index) {
   return word >> (index / 2 * 8 + (1 - index % 2) * 4) & 15;

@@ -1,10 +1,9 @@
 #include "nf4_stream.cuh"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "launch.cuh"
-#include "nf4_stream_down.cuh"
+#include "nf4_down.h"
 
 namespace lora_kernels {
 namespace {
@@ -15,7 +14,7 @@ using namespace nf4_stream_tile;
 constexpr int64_t kMostTokens = 16;
 constexpr int kStages = 3;
 
-// Beside its dynamic memory a block has a map of scales, and beside itself one of nf4_stream_down_kernel.
+// Beside its dynamic memory a block has a map of scales, and beside itself one of nf4_down_kernel.
 int shared_bytes(const OnePass& problem, const StreamPlan& plan) {
   return x_bytes(plan, problem.M) + ring_bytes<kStages>(plan) + 2048 + 10240;
 }
@@ -79,13 +78,6 @@ bool branch_vectors(const OnePass& problem) {
          starts_on_16_bytes(up.data, up.column_stride, bytes_of(up.dtype));
 }
 
-bool down_vectors(const Matrix& down) {
-  return down.row_stride == 1 && starts_on_16_bytes(down.data, down.column_stride, bytes_of(down.dtype));
-}
-
-// S with 32-bit adapters that are not rounded is float32 arithmetic's, which adapter_down has.
-bool has_down(const OnePass& problem) { return problem.precision != Precision::kSplit; }
-
 int64_t part_floats(const OnePass& problem, const StreamPlan& plan) {
   return plan.parts > 1 ? int64_t{plan.places} * plan.parts * plan.tiles * kRows * problem.M : 0;
 }
@@ -93,25 +85,12 @@ int64_t part_floats(const OnePass& problem, const StreamPlan& plan) {
 int part_counters(const StreamPlan& plan) { return plan.parts > 1 ? plan.places : 0; }
 
 template <class T, int kTokenTiles>
-void launch_down(const OnePass& problem, float* workspace, int* counters, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(down_parts(problem)), static_cast<unsigned>(down_tiles(problem)));
-  const auto kernel = nf4_stream_down_kernel<T, kTokenTiles>;
-  // How a multiprocessor divides its memory cannot change while a block runs: as the launch after it wants it.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-        "nf4_stream_down_kernel");
-  launch("nf4_stream_down_kernel", kernel, grid, kDownThreads, 0, stream, problem, down_vectors(problem.down),
-         workspace, counters);
-}
-
-template <class T, int kTokenTiles>
 void launch_stream(const OnePass& problem, const Nf4& weight, const StreamPlan& plan, float* workspace, int* counters,
                    cudaStream_t stream) {
-  int log2_block = 0;
-  while (int64_t{1} << log2_block < weight.block_size) ++log2_block;
   launch_overlapping("nf4_stream_kernel", nf4_stream_kernel<T, kTokenTiles, kStages>,
                      static_cast<unsigned>(plan.places * plan.parts), plan.tiles * plan.groups * 32,
-                     x_bytes(plan, problem.M) + ring_bytes<kStages>(plan), stream, problem, weight, log2_block, plan,
-                     branch_vectors(problem), workspace, counters);
+                     x_bytes(plan, problem.M) + ring_bytes<kStages>(plan), stream, problem, weight,
+                     log2_of(weight.block_size), plan, branch_vectors(problem), workspace, counters);
 }
 
 }  // namespace
@@ -123,33 +102,23 @@ bool nf4_stream_fits(const OnePass& problem, const Nf4& weight) {
 }
 
 int64_t nf4_stream_workspace(const OnePass& problem) {
-  const int64_t down = has_down(problem) ? int64_t{down_parts(problem)} * down_tiles(problem) * kRows * kMostTokens : 0;
-  return part_floats(problem, plan_for(problem)) + down;
+  return part_floats(problem, plan_for(problem)) + nf4_down_workspace(problem);
 }
 
 int nf4_stream_counters(const OnePass& problem) {
-  return part_counters(plan_for(problem)) + (has_down(problem) ? down_tiles(problem) : 0);
+  return part_counters(plan_for(problem)) + nf4_down_counters(problem);
 }
 
 void nf4_stream(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, cudaStream_t stream) {
   const StreamPlan plan = plan_for(problem);
-  const auto start = [&](auto number, auto token_tiles) {
+  // The launches overlap, so they share nothing.
+  nf4_down(problem, workspace + part_floats(problem, plan), counters + part_counters(plan), stream);
+  const auto start = [&](auto number) {
     using T = decltype(number);
-    constexpr int kTokenTiles = decltype(token_tiles)::value;
-    if (has_down(problem)) {
-      launch_down<T, kTokenTiles>(problem, workspace + part_floats(problem, plan), counters + part_counters(plan), stream);
-    } else {
-      adapter_down(problem, nullptr, stream);
-    }
-    launch_stream<T, kTokenTiles>(problem, weight, plan, workspace, counters, stream);
+    problem.M <= 8 ? launch_stream<T, 1>(problem, weight, plan, workspace, counters, stream)
+                   : launch_stream<T, 2>(problem, weight, plan, workspace, counters, stream);
   };
-  using One = std::integral_constant<int, 1>;
-  using Two = std::integral_constant<int, 2>;
-  if (problem.dtype == DType::kFloat16) {
-    problem.M <= 8 ? start(half(), One()) : start(half(), Two());
-  } else {
-    problem.M <= 8 ? start(bf16(), One()) : start(bf16(), Two());
-  }
+  problem.dtype == DType::kFloat16 ? start(half()) : start(bf16());
 }
 
 }  // namespace lora_kernels

@@ -17,7 +17,7 @@ struct StreamPlan {
 bool nf4_stream_fits(const OnePass& problem, const Nf4& weight);
 int64_t nf4_stream_workspace(const OnePass& problem);
 int nf4_stream_counters(const OnePass& problem);
-// Two launches, or that of adapter_down and one: S, and out while S is under way.
+// S, and out while S is under way.
 void nf4_stream(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, cudaStream_t stream);
 
 }  // namespace lora_kernels

@@ -1,15 +1,16 @@
-// What nf4_stream.cuh is made of: copies of X and of tiles, their scales, and the sums of warps and blocks.
+// What nf4_stream.cuh is made of: copies of X and of tiles, their scales, and the branch.
 #pragma once
 
 #include "nf4_bytes.cuh"
 #include "nf4_stream.h"
+#include "nf4_sums.cuh"
 
 namespace lora_kernels {
 namespace nf4_stream_tile {
 
 constexpr int kRows = 16, kRun = 64, kSlice = 4 * kRun;
 constexpr int kMostThreads = 512;
-// Beside a block there have to be registers for one of nf4_stream_down.cuh, which is under way when this one starts.
+// Beside a block there have to be registers for one of nf4_down.cuh, which is under way when this one starts.
 constexpr int kThreadsBeside = 128;
 // Of a tile, a slice of it.
 constexpr int kRowBytes = kSlice / 2, kTileBytes = kRows * kRowBytes;
@@ -116,49 +117,6 @@ struct Scales {
     return __fadd_rn(__fmul_rn(value, nested[half]), offset);
   }
 };
-
-// What a warp has of its tile, in memory of its own: [fragment, lane, 4].
-template <int kTokenTiles>
-__device__ inline void store_sums(unsigned char* memory, const float (&acc)[kTokenTiles][4], int lane) {
-#pragma unroll
-  for (int j = 0; j < kTokenTiles; ++j) {
-    reinterpret_cast<float4*>(memory)[j * 32 + lane] = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
-  }
-}
-
-// An element of it, added over `count` warps in their order.
-__device__ inline float add_sums(const unsigned char* memory, int count, int bytes_apart, int row, int token) {
-  const int place = (token / 8 * 32 + row % 8 * 4 + token % 8 / 2) * 4 + row / 8 * 2 + token % 2;
-  memory += place * 4;
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int i = 0; i < count; ++i, memory += bytes_apart) sum += *reinterpret_cast<const float*>(memory);
-  return sum;
-}
-
-// Whether this block is the last of `parts` that come with theirs, and then sees those of the others.
-__device__ inline bool is_last(int* arrivals, int parts) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    // Of the whole block, which the barriers tie to this thread.
-    __threadfence();
-    last = atomicAdd(arrivals, 1) == parts - 1;
-    __threadfence();
-    // Zero again, for the next launch on the stream or the next replay of the graph.
-    if (last) *arrivals = 0;
-  }
-  __syncthreads();
-  return last;
-}
-
-// Parts that other multiprocessors wrote, in their order: L1 may not be asked.
-__device__ inline float add_parts(const float* first, int parts, int stride) {
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int part = 0; part < parts; ++part) sum += __ldcg(first + static_cast<int64_t>(part) * stride);
-  return sum;
-}
 
 // An element of S U: a row of S, which the launch before wrote, and a column of U. `vectors` promises that both are whole
 // groups of eight that start on 16 bytes.

@@ -224,19 +224,24 @@ def test_streams_few_tokens(size: tuple[int, int, int, int]) -> None:
         assert_as_exact_as_peft({"y": y, "s": s}, {"y": peft, "s": rounded_s}, {"y": exact, "s": exact_s})
 
 
+def awkward(N: int, K: int, block_size: int, dtype: torch.dtype) -> NF4Weight:
+    """Codes of every kind, and scales: zeros, the largest and the least that `dtype` has, others that it rounds."""
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(256, (N * K // 2,), generator=generator, dtype=torch.uint8)
+    scales = torch.randn(N * K // block_size, generator=generator)
+    largest, least = torch.finfo(dtype).max * 0.99, torch.finfo(dtype).tiny
+    first = torch.tensor([0.0, -0.0, largest, -largest, least, least / 3, 1e-45, 1.17e-38, 1 / 3, -1e-3])
+    scales[: len(first)] = first
+    form = NF4Weight.quantize(torch.randn(N, K, generator=generator), block_size, double_quant=False)
+    return replace(form, packed=codes, absmax=scales)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("block_size", [64, 256])
 def test_a_streamed_weight_has_the_bits_of_a_decoded_one(block_size: int, dtype: torch.dtype) -> None:
     """Tokens with a single one in them give the weight itself, of every code and of scales of every kind."""
     N, K = 40, 640
-    generator = torch.Generator().manual_seed(2)
-    codes = torch.randint(256, (N * K // 2,), generator=generator, dtype=torch.uint8)
-    scales = torch.randn(N * K // block_size, generator=generator)
-    largest, least = torch.finfo(dtype).max * 0.99, torch.finfo(dtype).tiny
-    awkward = torch.tensor([0.0, -0.0, largest, -largest, least, least / 3, 1e-45, 1.17e-38, 1 / 3, -1e-3])
-    scales[: len(awkward)] = awkward
-    form = NF4Weight.quantize(torch.randn(N, K, generator=generator), block_size, double_quant=False)
-    weight = replace(form, packed=codes, absmax=scales)
+    weight = awkward(N, K, block_size, dtype)
     want = weight.dequantize(dtype)
     lora_A, lora_B = torch.ones(1, K, dtype=dtype), torch.zeros(N, 1, dtype=dtype)
     for tokens in (8, 16, 40):
@@ -259,6 +264,81 @@ def test_what_streams_leaves_its_counters_zero(monkeypatch: pytest.MonkeyPatch) 
     assert not zeros.any()
     for value, want in zip(second, first, strict=True):
         assert torch.equal(value, want)  # type: ignore[arg-type]
+
+
+# M, in_features, out_features and rank: fewer rows than a step, columns that are no multiple of a panel or a strip,
+# rows in several groups, every number of tokens that blocks are compiled for, ranks of several chunks.
+INSIDE = [
+    (1, 64, 8, 1),
+    (3, 320, 264, 66),
+    (8, 96, 72, 20),
+    (12, 192, 2056, 3),
+    (17, 160, 200, 20),
+    (33, 320, 1000, 64),
+    (64, 64, 40, 9),
+]
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+@pytest.mark.parametrize("size", INSIDE, ids=str)
+def test_dx_of_few_tokens(size: tuple[int, int, int, int], block_size: int) -> None:
+    plain = Case(*size, BF16)
+    weight = NF4Weight.quantize(plain.tensors(CPU).weight, block_size, double_quant=block_size == 64)
+    mask = Dropout(0.3, torch.tensor([0x0123456789ABCDEF]))
+    for case, precision, dropout in (
+        (plain, "native", None),
+        (replace(plain, dtype=FP16), "native", mask),
+        (replace(plain, adapter_dtype=FP32), "rounded", mask),
+        (replace(plain, adapter_dtype=FP32), "split", mask),
+    ):
+        t = case.tensors(CPU)
+        base, keep = weight.dequantize(case.dtype), None if dropout is None else dropout.keep(case.M, case.K)
+        # Of any strides.
+        lora_A, lora_B = t.lora_A.T.contiguous().T, t.lora_B.T.contiguous().T
+        first, second = (
+            cuda.backward_input(t.dy, weight, lora_A, lora_B, 0.7, dropout, precision, True) for _ in range(2)
+        )
+        (dx, got_t), dtype = first, t.lora_A.dtype if precision == "split" else case.dtype
+        exact_t = 0.7 * t.dy.double() @ t.lora_B.double()
+        rounded_t = t.dy.to(dtype) @ t.lora_B.to(dtype) * 0.7
+        branch, exact_branch = rounded_t @ t.lora_A.to(dtype), exact_t @ t.lora_A.double()
+        if keep is not None:
+            branch, exact_branch = torch.where(keep, branch, 0), torch.where(keep, exact_branch, 0.0)
+        chain = t.dy @ base + branch.to(case.dtype)
+        exact = t.dy.double() @ base.double() + exact_branch
+        assert_as_exact_as_peft({"dx": dx, "t": got_t}, {"dx": chain, "t": rounded_t}, {"dx": exact, "t": exact_t})
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+def test_dx_has_the_bits_of_a_decoded_weight(block_size: int, dtype: torch.dtype) -> None:
+    """Rows of dy with a single one in them give the weight itself, of every code and of scales of every kind."""
+    N, K = 72, 640
+    weight = awkward(N, K, block_size, dtype)
+    want = weight.dequantize(dtype)
+    lora_A, lora_B = torch.zeros(1, K, dtype=dtype), torch.ones(N, 1, dtype=dtype)
+    for tokens in (8, 16, 32, 64):
+        for first in range(0, N, tokens):
+            dy = torch.eye(N, dtype=dtype)[first : first + tokens]
+            dx, _ = cuda.backward_input(dy, weight, lora_A, lora_B, 1.0, None, "native", True)
+            assert dx is not None
+            assert torch.equal(dx, want[first : first + tokens])
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "N", "offset"), [(65, 64, 40, 0), (5, 48, 40, 0), (5, 64, 44, 0), (5, 64, 40, 1)], ids=str
+)
+def test_dx_of_what_must_be_decoded_first(M: int, K: int, N: int, offset: int) -> None:
+    """Too many rows, columns and rows of which some would be left over, a dy that does not start on 16 bytes."""
+    t = Case(M, K, N, 4, BF16).tensors(CPU)
+    weight = NF4Weight.quantize(t.weight)
+    dy = torch.empty(M * N + offset, dtype=BF16)[offset:].view(M, N).copy_(t.dy)
+    assert cuda._nf4_path(dy, weight, forward=False).where == "by a launch of its own"
+    dx, _ = cuda.backward_input(dy, weight, t.lora_A, t.lora_B, 1.0, None, "native", True)
+    exact = dy.double() @ (weight.dequantize(BF16).double() + t.lora_B.double() @ t.lora_A.double())
+    assert dx is not None
+    assert (dx.double() - exact).norm() / exact.norm() < 5e-3
 
 
 def test_the_weight_may_have_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:

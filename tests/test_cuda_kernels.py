@@ -127,6 +127,8 @@ NF4_SIZES = [
     (16, 4096, 4096, 64),
     (7, 2080, 500, 12),
     (48, 4096, 1024, 8),
+    (17, 2048, 1000, 100),
+    (64, 4096, 4096, 64),
     (5, 63, 17, 3),
     (500, 2000, 500, 16),
 ]
@@ -150,3 +152,66 @@ def test_nf4(size: tuple[int, int, int, int], adapters: torch.dtype, device: tor
         return lora_linear_reference(x, base.double(), lora_A, lora_B, scaling=case.scaling, bias=bias)
 
     assert_as_exact_as_peft(run(ours, t), run(peft, t), run(exact, double))
+
+
+@pytest.mark.parametrize("size", [(1, 4096, 1000), (4, 14336, 512), (16, 4096, 4096), (40, 2048, 1024)], ids=str)
+def test_launches_of_few_tokens_overlap_none_but_their_own(size: tuple[int, int, int], device: torch.device) -> None:
+    """One replay after the other, x and dy written just before: each has its own S, T and parts of sums."""
+    M, K, N = size
+    t = Case(M, K, N, 16, BF16).tensors(device)
+    weight = NF4Weight.quantize(t.weight)
+
+    def step() -> list[torch.Tensor]:
+        y, s = cuda.forward(t.x, weight, t.lora_A, t.lora_B, None, 1.5, None, "native", True)
+        dx, dt = cuda.backward_input(t.dy, weight, t.lora_A, t.lora_B, 1.5, None, "native", True)
+        return [y, s, dx, dt]  # type: ignore[list-item]
+
+    inputs = [(torch.randn_like(t.x), torch.randn_like(t.dy)) for _ in range(6)]
+    graph, results = captured(step)
+
+    def replay(x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+        t.x.copy_(x)
+        t.dy.copy_(dy)
+        graph.replay()
+        return [value.clone() for value in results]
+
+    want = []
+    for x, dy in inputs:
+        want.append(replay(x, dy))
+        torch.cuda.synchronize()
+    base, A, B = weight.dequantize(BF16).double(), t.lora_A.double(), t.lora_B.double()
+    for (x, dy), (y, _, dx, _) in zip(inputs, want, strict=True):
+        exact_y, exact_dx = x.double() @ (base + 1.5 * B @ A).T, dy.double() @ (base + 1.5 * B @ A)
+        assert (y.double() - exact_y).norm() / exact_y.norm() < 5e-3
+        assert (dx.double() - exact_dx).norm() / exact_dx.norm() < 5e-3
+    for got in [[replay(x, dy) for x, dy in inputs] for _ in range(5)]:
+        for values, wanted in zip(got, want, strict=True):
+            assert all(torch.equal(value, other) for value, other in zip(values, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("M", [1, 8, 16, 32, 64])
+def test_dx_of_few_tokens(M: int, dropout_p: float, device: torch.device) -> None:
+    """The bits of the weight, the same bits in every run, its launches overlapping, and no copy of the weight."""
+    t = Case(M, 4096, 4096, 16, BF16).tensors(device)
+    weight = NF4Weight.quantize(t.weight)
+    mask = Dropout(dropout_p, torch.tensor([11], device=device)) if dropout_p else None
+
+    def once() -> list[torch.Tensor]:
+        return list(cuda.backward_input(t.dy, weight, t.lora_A, t.lora_B, 1.5, mask, "native", True))  # type: ignore[arg-type]
+
+    first = once()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        for value, want in zip(once(), first, strict=True):
+            assert torch.equal(value, want)
+    assert torch.cuda.max_memory_allocated() - before < t.weight.nbytes
+
+    hot = torch.zeros_like(t.dy)
+    rows = torch.arange(M, device=device) * 13 + 5
+    hot[torch.arange(M, device=device), rows] = 1
+    dx, _ = cuda.backward_input(hot, weight, torch.zeros_like(t.lora_A), t.lora_B, 1.0, None, "native", True)
+    assert dx is not None
+    assert torch.equal(dx, weight.dequantize(BF16)[rows])

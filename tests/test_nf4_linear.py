@@ -291,18 +291,31 @@ def test_explain_says_how_this_very_call_goes(device: torch.device) -> None:
 
 def test_the_cuda_backend_says_how_a_call_goes(device: torch.device) -> None:
     weight = NF4Weight.quantize(torch.ones(40, 96, device=device), 64)
-    x = torch.ones(49, 96, dtype=torch.float16, device=device)
-    for left, why in (
-        (x, "49 rows are more than 48"),
-        (x[:5, :80], "80 columns are no multiple of 32"),
-        (x[:5].float(), "float32 products are not written for packed weights"),
-        (x.flatten()[1 : 1 + 5 * 96].view(5, 96), "the rows of x do not start on 16 bytes"),
+    narrow, odd = (NF4Weight.quantize(torch.ones(shape, device=device), 64) for shape in ((40, 80), (42, 96)))
+    off = replace(weight, packed=torch.cat([weight.packed[:1], weight.packed])[1:])
+    x = torch.ones(65, 96, dtype=torch.float16, device=device)
+    alone, inside = "by a launch of its own", "inside of the product"
+    of_dtype = (alone, "float32 products are not written for packed weights")
+    off_16 = (alone, "the packed codes do not start on 16 bytes")
+    for left, packed, forward, backward in (
+        (x[:48], weight, (inside, "48 rows are at most 48"), (inside, "48 rows are at most 64")),
+        (x[:49], weight, (alone, "49 rows are more than 48"), (inside, "49 rows are at most 64")),
+        (x, weight, (alone, "65 rows are more than 48"), (alone, "65 rows are more than 64")),
+        (x[:5, :80], narrow, *[(alone, "80 columns are no multiple of 32")] * 2),
+        (x[:5], odd, (inside, "5 rows are at most 48"), (alone, "42 columns of dy are no multiple of 8")),
+        (x[:5].float(), weight, of_dtype, of_dtype),
+        (x[:5], off, off_16, off_16),
+        # x where it lies, and a dy as a backward gets it.
+        (
+            x.flatten()[1 : 1 + 5 * 96].view(5, 96),
+            weight,
+            (alone, "the rows of x do not start on 16 bytes"),
+            (inside, "5 rows are at most 64"),
+        ),
     ):
-        forward, backward = cuda._nf4_paths(left, weight)
-        assert forward == ("by a launch of its own", why)
-        assert backward.where == "by a launch of its own"
-    forward, _ = cuda._nf4_paths(x[:48], weight)
-    assert forward == ("inside of the product", "48 rows are at most 48")
+        assert cuda._nf4_paths(left, packed) == (forward, backward)
+    dy = x.flatten()[1:41].view(1, 40)
+    assert cuda._nf4_path(dy, weight, forward=False) == (alone, "the rows of dy do not start on 16 bytes")
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from lora_kernels.weights import Weight
 
 # In the order of problem.h.
 _PRECISIONS: dict[Precision, int] = {"native": 0, "rounded": 1, "split": 2}
-# Of a product that decodes an NF4 weight inside of it: the rows of x at most, and what divides those of the weight.
-_MOST_TOKENS, _LANE_CODES = 48, 32
+# Of a product that decodes an NF4 weight inside of it: the rows of x and of dy at most, and what divides in_features
+# and, backward, out_features.
+_MOST_TOKENS, _MOST_TOKENS_BACKWARD, _LANE_CODES, _GROUP = 48, 64, 32, 8
 
 
 def forward(
@@ -195,29 +196,45 @@ def _describe_nf4(problem: Problem) -> str:
     decoded = "the NF4 weight is decoded by a launch of its own"
     if problem.dtype == torch.float32 or problem.in_features % _LANE_CODES != 0:
         return f"; {decoded}"
-    return f"; {decoded}, up to {_MOST_TOKENS} tokens forward inside of the product"
+    forward = f"up to {_MOST_TOKENS} tokens forward"
+    if problem.out_features % _GROUP != 0:
+        return f"; {decoded}, {forward} inside of the product"
+    return f"; {decoded}, {forward} and {_MOST_TOKENS_BACKWARD} backward inside of the product"
 
 
 def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:
-    alone, reason = "by a launch of its own", _cannot_decode_inside(x, weight)
-    backward = NF4Path(alone, "no kernel decodes it inside of the backward's product")
+    """Those of the forward, and of the backward, whose dy starts on 16 bytes."""
+    dy = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device="meta")
+    return _nf4_path(x, weight, forward=True), _nf4_path(dy, weight, forward=False)
+
+
+def _nf4_path(left: Tensor, weight: NF4Weight, forward: bool) -> NF4Path:
+    reason = _cannot_decode_inside(left, weight, forward)
     if reason is not None:
-        return NF4Path(alone, reason), backward
-    return NF4Path("inside of the product", f"{x.shape[0]} rows are at most {_MOST_TOKENS}"), backward
+        return NF4Path("by a launch of its own", reason)
+    most = _MOST_TOKENS if forward else _MOST_TOKENS_BACKWARD
+    return NF4Path("inside of the product", f"{left.shape[0]} rows are at most {most}")
 
 
-def _cannot_decode_inside(x: Tensor, weight: NF4Weight) -> str | None:
-    """Why a forward cannot decode the weight inside of its product; None if it can: nf4_forward_fits in words."""
-    if x.dtype == torch.float32:
+def _cannot_decode_inside(left: Tensor, weight: NF4Weight, forward: bool) -> str | None:
+    """Why a product of x or dy cannot decode the weight inside of it; None if it can.
+
+    nf4_forward_fits and nf4_backward_fits in words.
+    """
+    most = _MOST_TOKENS if forward else _MOST_TOKENS_BACKWARD
+    rows, columns = weight.shape
+    if left.dtype == torch.float32:
         return "float32 products are not written for packed weights"
-    if x.shape[0] > _MOST_TOKENS:
-        return f"{x.shape[0]} rows are more than {_MOST_TOKENS}"
-    if x.shape[1] % _LANE_CODES != 0:
-        return f"{x.shape[1]} columns are no multiple of {_LANE_CODES}"
+    if left.shape[0] > most:
+        return f"{left.shape[0]} rows are more than {most}"
+    if columns % _LANE_CODES != 0:
+        return f"{columns} columns are no multiple of {_LANE_CODES}"
+    if not forward and rows % _GROUP != 0:
+        return f"{rows} columns of dy are no multiple of {_GROUP}"
     if weight.packed.data_ptr() % 16 != 0:
         return "the packed codes do not start on 16 bytes"
-    if (x.data_ptr() | x.stride(0) * x.element_size()) % 16 != 0:
-        return "the rows of x do not start on 16 bytes"
+    if (left.data_ptr() | left.stride(0) * left.element_size()) % 16 != 0:
+        return f"the rows of {'x' if forward else 'dy'} do not start on 16 bytes"
     return None
 
 

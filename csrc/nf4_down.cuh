@@ -3,22 +3,15 @@
 // block has a part of K, and the last to be through adds up the parts in their order.
 #pragma once
 
-#include "nf4_stream_tile.cuh"
+#include "nf4_sums.cuh"
+#include "ptx.cuh"
 
 namespace lora_kernels {
-namespace nf4_stream_tile {
+namespace nf4_down_tile {
 
-constexpr int kDownWarps = 8, kDownThreads = kDownWarps * 32;
+constexpr int kRows = 16, kWarps = 8, kThreads = kWarps * 32;
 // Of K, what a warp takes, and a block.
-constexpr int kShare = 64, kDownPart = kDownWarps * kShare;
-
-// Parts of K, for each of the tiles of S.
-__host__ __device__ inline int down_parts(const OnePass& problem) {
-  return static_cast<int>(divide_up(problem.K, int64_t{kDownPart}));
-}
-__host__ __device__ inline int down_tiles(const OnePass& problem) {
-  return static_cast<int>(divide_up(problem.R, int64_t{kRows}));
-}
+constexpr int kShare = 64, kPart = kWarps * kShare;
 
 // A warp's share of a tile.
 template <class T, int kTokenTiles>
@@ -62,30 +55,30 @@ __device__ inline void multiply_down(float (&acc)[kTokenTiles][4], const OnePass
   }
 }
 
-}  // namespace nf4_stream_tile
+}  // namespace nf4_down_tile
 
 template <class T, int kTokenTiles>
-__global__ void __launch_bounds__(nf4_stream_tile::kDownThreads, 4)
-    nf4_stream_down_kernel(const OnePass p, bool vectors, float* workspace, int* counters) {
-  using namespace nf4_stream_tile;
+__global__ void __launch_bounds__(nf4_down_tile::kThreads, 4)
+    nf4_down_kernel(const OnePass p, bool vectors, float* workspace, int* counters) {
+  using namespace nf4_down_tile;
   constexpr int kSumBytes = kTokenTiles * kRows * 8 * 4, kFloats = kTokenTiles * kRows * 8;
-  __shared__ float4 shared[kDownWarps * kSumBytes / 16];
+  __shared__ float4 shared[kWarps * kSumBytes / 16];
   unsigned char* sums = reinterpret_cast<unsigned char*>(shared);
   let_next_launch_begin();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = blockIdx.x, parts = gridDim.x;
   const int64_t r0 = static_cast<int64_t>(blockIdx.y) * kRows;
   float acc[kTokenTiles][4] = {};
-  multiply_down<T, kTokenTiles>(acc, p, vectors, r0, (static_cast<int64_t>(part) * kDownWarps + warp) * kShare, lane);
+  multiply_down<T, kTokenTiles>(acc, p, vectors, r0, (static_cast<int64_t>(part) * kWarps + warp) * kShare, lane);
   store_sums<kTokenTiles>(sums + warp * kSumBytes, acc, lane);
   __syncthreads();
 
   float* partials = workspace + static_cast<int64_t>(blockIdx.y) * parts * kFloats;
-  for (int i = threadIdx.x; i < kFloats; i += kDownThreads) {
-    partials[part * kFloats + i] = add_sums(sums, kDownWarps, kSumBytes, i % kRows, i / kRows);
+  for (int i = threadIdx.x; i < kFloats; i += kThreads) {
+    partials[part * kFloats + i] = add_sums(sums, kWarps, kSumBytes, i % kRows, i / kRows);
   }
   if (!is_last(counters + blockIdx.y, parts)) return;
   const float scale = p.scale_tensor == nullptr ? p.scale : *p.scale_tensor;
-  for (int i = threadIdx.x; i < kFloats; i += kDownThreads) {
+  for (int i = threadIdx.x; i < kFloats; i += kThreads) {
     const int64_t m = i / kRows, r = r0 + i % kRows;
     if (m < p.M && r < p.R) store_number(p.s, p.dtype, m * p.R + r, scale * add_parts(partials + i, parts, kFloats));
   }
