@@ -135,6 +135,35 @@ def test_a_backward_is_compiled_beside_its_forward(script: str, names: list[str]
     assert _compiled(NO_GPU + "want_s = True" + script, tmp_path) == _ahead(*names)
 
 
+TUNE = """
+from functools import partial
+from lora_kernels.backends.triton.tiles import GradTiles, OnePassTiles
+from lora_kernels.cli.bench.cases import Case, Operands
+from lora_kernels.cli.tune import measure
+
+operands = Operands.make(Case(M, K, N, rank=r), torch.device("cpu"))
+grads = measure.Grads.of(operands)
+torch.cuda.is_available = lambda: True
+runs = [
+    *(
+        partial(problem.run, OnePassTiles(*sizes, False, 1.0))
+        for problem in measure.OnePass.of(operands)
+        for sizes in ((64, 64, 32, 4, 2), (32, 64, 32, 4, 2))
+    ),
+    partial(grads.run, GradTiles(32, 64, 4, 2)),
+    # Configurations that cannot be compiled are the check's business.
+    partial(grads.run, GradTiles(33, 64, 4, 2)),
+]
+measure.compile_ahead(runs)
+for run in runs[:-1]: run()
+"""
+
+
+def test_tune_compiles_all_configurations_side_by_side(tmp_path: Path) -> None:
+    found = _compiled(NO_GPU + TUNE, tmp_path)
+    assert found == sorted([["one_pass_kernel", True, False]] * 4 + [["adapter_grads_kernel", True, False]])
+
+
 def test_a_forward_that_no_backward_follows_is_compiled_alone(tmp_path: Path) -> None:
     assert _compiled(NO_GPU + "want_s = False" + LAYER, tmp_path) == _ahead("one_pass_kernel")
 

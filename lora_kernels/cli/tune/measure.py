@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import Precision
-from lora_kernels.backends.triton import launch
+from lora_kernels.backends.triton import ahead, launch
 from lora_kernels.backends.triton.tiles import GradTiles, OnePassTiles
 from lora_kernels.cli.bench.cases import SCALING, Operands
 from lora_kernels.cli.bench.check import LIMITS
@@ -58,6 +59,41 @@ class OnePass:
         return (left @ self.weight.double() + s @ self.up.double()).float(), s.float()
 
 
+@dataclass(frozen=True)
+class Grads:
+    """dA = t^T x and dB = dy^T s, in the dtype of x."""
+
+    x: Tensor
+    dy: Tensor
+    s: Tensor
+    t: Tensor
+
+    @staticmethod
+    def of(operands: Operands) -> Grads:
+        """Those of a layer, but for the scaling."""
+        x, dy = operands.x.detach(), operands.dy
+        return Grads(x, dy, x @ operands.lora_A.detach().T, dy @ operands.lora_B.detach())
+
+    def run(self, tiles: GradTiles) -> tuple[Tensor | None, Tensor | None]:
+        """One launch."""
+        return launch.adapter_grads(self.x, self.dy, self.s, self.t, None, self.x.dtype, tiles=tiles)
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """dA and dB in float64, rounded to float32."""
+        return (self.t.double().T @ self.x.double()).float(), (self.dy.double().T @ self.s.double()).float()
+
+
+def compile_ahead(runs: Iterable[Callable[[], object]]) -> None:
+    """Has the kernels of runs compiled side by side, on a GPU; whoever runs one then waits for that one alone."""
+    if not torch.cuda.is_available() or not ahead.compiles_in_threads():
+        return
+    with ahead.rehearsal():
+        for run in runs:
+            # What fails is seen again, and reported, where it is checked.
+            with suppress(*failures()):
+                run()
+
+
 def measure_one_pass(
     problem: OnePass,
     candidates: Sequence[OnePassTiles],
@@ -70,21 +106,14 @@ def measure_one_pass(
 
 
 def measure_grads(
-    operands: Operands,
+    problem: Grads,
     candidates: Sequence[GradTiles],
     clock: Clock,
     samples: int,
     progress: Callable[[float], None],
 ) -> dict[GradTiles, Times | str]:
-    """The time of each configuration of dA = T^T x and dB = dy^T S, or why it has none."""
-    x, dy = operands.x.detach(), operands.dy
-    s, t = x @ operands.lora_A.detach().T, dy @ operands.lora_B.detach()
-
-    def run(tiles: GradTiles) -> tuple[Tensor | None, Tensor | None]:
-        return launch.adapter_grads(x, dy, s, t, None, x.dtype, tiles=tiles)
-
-    exact = (t.double().T @ x.double()).float(), (dy.double().T @ s.double()).float()
-    return _measure(run, candidates, exact, x.dtype, clock, samples, progress)
+    """The same of the gradients of an adapter."""
+    return _measure(problem.run, candidates, problem.exact(), problem.x.dtype, clock, samples, progress)
 
 
 def _measure(
@@ -100,7 +129,7 @@ def _measure(
     steps: dict[str, Step] = {}
     names: dict[str, Tiles] = {}
     for done, tiles in enumerate(candidates):
-        # Each is compiled for its check, which takes most of the time.
+        # Each is compiled before its check, which takes most of the time.
         progress(_CHECKS * done / len(candidates))
         fault = _fault(run, tiles, exact, LIMITS[dtype])
         if fault is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, partial
+from itertools import chain
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from lora_kernels.backends.triton.tuned import GradEntry, OnePassEntry, TunedTab
 from lora_kernels.cli.bench.cases import DTYPES, Case, Operands
 from lora_kernels.cli.bench.clock import Clock, Times
 from lora_kernels.cli.bench.progress import Progress, Stage, within
-from lora_kernels.cli.tune.measure import OnePass, holds, measure_grads, measure_one_pass
+from lora_kernels.cli.tune.measure import Grads, OnePass, compile_ahead, holds, measure_grads, measure_one_pass
 from lora_kernels.cli.tune.search import choose, grad_candidates, one_pass_candidates
 from lora_kernels.cli.waiting import bar
 
@@ -75,18 +76,22 @@ class Tuning:
         """All of a case, or nothing."""
         itemsize = self.dtype.itemsize
         operands = Operands.make(case, self.device)
+        layer, grads = OnePass.of(operands), Grads.of(operands)
+        uses_tma = [problem.use_tma() and self.chip.has_tma for problem in layer]
+        tried = [one_pass_candidates(self.chip, itemsize, use_tma) for use_tma in uses_tma]
+        tried_grads = grad_candidates(self.chip, itemsize)
+        products = (partial(problem.run, tiles) for problem, some in zip(layer, tried, strict=True) for tiles in some)
+        compile_ahead(chain(products, (partial(grads.run, tiles) for tiles in tried_grads)))
         outputs = []
-        for index, problem in enumerate(OnePass.of(operands)):
+        for index, problem in enumerate(layer):
             part = within(stage, "forward" if problem.forward else "dx", index / 3, 1 / 3)
-            use_tma = problem.use_tma() and self.chip.has_tma
-            tried = one_pass_candidates(self.chip, itemsize, use_tma)
-            measured = measure_one_pass(problem, tried, self.clock, self.samples, part)
-            outputs.append(((use_tma, case.M, problem.weight.shape[1]), measured))
+            measured = measure_one_pass(problem, tried[index], self.clock, self.samples, part)
+            outputs.append(((uses_tma[index], case.M, problem.weight.shape[1]), measured))
         part = within(stage, "adapter gradients", 2 / 3, 1 / 3)
-        grads = measure_grads(operands, grad_candidates(self.chip, itemsize), self.clock, self.samples, part)
+        measured_grads = measure_grads(grads, tried_grads, self.clock, self.samples, part)
         for output, measured in outputs:
             self._by_output.setdefault(output, []).append(measured)
-        self._grads.append(grads)
+        self._grads.append(measured_grads)
         self.finished += 1
 
     def _choices(self) -> Iterator[OnePassEntry | GradEntry]:
