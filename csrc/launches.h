@@ -1,8 +1,8 @@
 // The operations of this backend: what bindings.cpp calls, and what a program without PyTorch could.
 //
 // Each enqueues its work on `stream` of the current device and returns; one that cannot be launched throws a
-// std::runtime_error that names the kernel. A workspace holds as many floats as the function beside it says, and
-// starts on 16 bytes.
+// std::runtime_error that names the kernel. Launches of a call may overlap, so nothing else may be enqueued in between. A
+// workspace holds as many floats as the function beside it says, and starts on 16 bytes.
 #pragma once
 
 #include <stdexcept>

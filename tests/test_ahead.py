@@ -164,6 +164,28 @@ def test_tune_compiles_all_configurations_side_by_side(tmp_path: Path) -> None:
     assert found == sorted([["one_pass_kernel", True, False]] * 4 + [["adapter_grads_kernel", True, False]])
 
 
+def test_what_is_not_begun_can_be_given_up(tmp_path: Path) -> None:
+    """Or a process that was interrupted would not end before all of it is compiled."""
+    script = (
+        NO_GPU
+        + "ahead._MOST_THREADS = 1"
+        + TUNE.replace("for run in runs[:-1]: run()", "")
+        + """
+assert len(ahead._compiling) == len(runs)
+ahead.forget()
+# The one that a thread has in hand, and what it may have had before.
+assert len(ahead._compiling) <= 2
+ahead._threads().shutdown()
+begun = len(compiled)
+assert begun <= 2
+# It is compiled where it is needed.
+runs[3]()
+assert len(compiled) == begun + 1
+"""
+    )
+    assert _compiled(script, tmp_path)
+
+
 def test_a_forward_that_no_backward_follows_is_compiled_alone(tmp_path: Path) -> None:
     assert _compiled(NO_GPU + "want_s = False" + LAYER, tmp_path) == _ahead("one_pass_kernel")
 

@@ -96,6 +96,13 @@ def wait_for(kind: tuple[object, ...]) -> None:
         wait([future])
 
 
+def forget() -> None:
+    """Gives up what no thread has begun to compile: the interpreter would wait for all of it before it ends."""
+    for kind, future in list(_compiling.items()):
+        if future.cancel():
+            _compiling.pop(kind, None)
+
+
 def _compile(kernel: Any, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     with torch.cuda.device(device):
         kernel.warmup(*arguments, grid=(1,), **options)

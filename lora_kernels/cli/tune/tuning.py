@@ -12,6 +12,7 @@ import triton
 from tqdm import tqdm
 
 import lora_kernels
+from lora_kernels.backends.triton import ahead
 from lora_kernels.backends.triton.tiles import (
     GradTiles,
     OnePassTiles,
@@ -49,6 +50,7 @@ class Tuning:
                 self._measure(case, progress.stage)
         except KeyboardInterrupt:
             self.interrupted = True
+            ahead.forget()
         try:
             # Each choice may compile its configuration for the most demanding call.
             for entry in bar(self._choices(), "choice", "choosing", len(self._by_output) + 1):
