@@ -115,27 +115,42 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dA, dB and db, each None where it is not needed. dy is [M, N], in y's dtype: autograd casts it."""
     dropout = None if saved.seed is None else Dropout(dropout_p, saved.seed)
-    dx = t = dA = dB = None
     with outside_autocast(dy.device.type):
         dy = as_rows(dy)
-        if saved.lora_B is not None:
-            dx, t = backend.backward_input(
-                dy,
-                saved.weight,
-                saved.lora_A,
-                saved.lora_B,
-                scale if saved.scale is None else saved.scale,
-                dropout,
-                precision,
-                needs.x,
-            )
-        if needs.lora_A or needs.lora_B:
-            # Hooks for saved tensors may have brought them back with other strides.
-            x = None if saved.x is None else as_rows(saved.x)
-            s = None if saved.s is None else saved.s.contiguous()
-            dA, dB = backend.backward_adapters(x, dy, s, t if needs.lora_A else None, dropout, adapter_dtype)
+        dx, dA, dB = _backward_of_products(
+            backend, needs, saved, dy, scale if saved.scale is None else saved.scale, dropout, precision, adapter_dtype
+        )
         db = dy.sum(0, dtype=bias_dtype) if needs.bias else None
     return dx, dA, dB, db
+
+
+def _backward_of_products(
+    backend: Backend,
+    needs: Needs,
+    saved: Saved,
+    dy: Tensor,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+    adapter_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dA and dB."""
+    # Hooks for saved tensors may have brought them back with other strides.
+    x = None if saved.x is None else as_rows(saved.x)
+    s = None if saved.s is None else saved.s.contiguous()
+    weight, lora_A, lora_B = saved.weight, saved.lora_A, saved.lora_B
+    for_adapters = needs.lora_A or needs.lora_B
+    if needs.x and for_adapters and backend.backward is not None:
+        assert weight is not None
+        assert lora_A is not None
+        assert lora_B is not None
+        return backend.backward(dy, weight, lora_A, lora_B, x, s, scale, dropout, precision, adapter_dtype)
+    dx = t = dA = dB = None
+    if lora_B is not None:
+        dx, t = backend.backward_input(dy, weight, lora_A, lora_B, scale, dropout, precision, needs.x)
+    if for_adapters:
+        dA, dB = backend.backward_adapters(x, dy, s, t if needs.lora_A else None, dropout, adapter_dtype)
+    return dx, dA, dB
 
 
 class _Once(torch.autograd.Function):

@@ -132,10 +132,10 @@ def _backward(
     wanted, saved = Needs(*needs), _saved_layer(form, weight, lora_A, lora_B, s, seed)._replace(x=x)
     with noting(learn, backend, dy) as made:
         gradients = backward_of(backend, wanted, saved, dy, scale, p, precision, adapter_dtype, bias_dtype)
-    names = [*_decoding(saved.weight), "one_pass"] if wanted.x else []
-    if wanted.lora_A or wanted.lora_B:
-        names.append("adapter_grads")
-    return (*gradients, None if made is None else _handed_over(made, names))
+    names, adapters = _decoding(saved.weight) if wanted.x else [], wanted.lora_A or wanted.lora_B
+    product, grads = ["one_pass"] if wanted.x else [], ["adapter_grads"] if adapters else []
+    ways = [[*names, *product, *grads], [*names, "backward"]]
+    return (*gradients, None if made is None else _handed_over(made, *ways))
 
 
 def _group_backward(
@@ -224,7 +224,7 @@ def _in_cpp(launch: Launch) -> Any:
         [tuple(shape) for shape in bound.maps],
         launch.workspace_size,
         launch.counters,
-        launch.name == _DECODES,
+        launch.name,
     )
 
 

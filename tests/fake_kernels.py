@@ -78,6 +78,24 @@ def _adapter_grads(dtypes: Dtypes, options: Options, a: Arguments) -> None:
         matrix(5, N, R).copy_(matrix(1, M, N, a[15]).double().T @ matrix(3, M, R).double())
 
 
+def _backward(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    M, N, K, R = a[18], a[19], a[20], a[21]
+    matrix, transposed = _Matrices(dtypes, a), options["W_IS_NK"]
+    dy, dx, t = matrix(0, M, N, a[27]), matrix(2, M, K), matrix(5, M, R)
+    stored = matrix(1, *((K, N) if transposed else (N, K)), a[28])
+    lora_B, lora_A = _view(a[3], dtypes[3], N, R, a[30], a[31]), _view(a[4], dtypes[4], R, K, a[32], a[33])
+    assert int(matrix(7, 1, 1)) == 0
+    assert a[11] == (a[0][0] if isinstance(a[0], tuple) else a[0])
+    t.copy_(dy.double() @ lora_B.double() * matrix.scale(9, 15))
+    branch = matrix.masked(t.double() @ lora_A.double(), 8, a[16], options["MASKED"])
+    dx.copy_(dy.double() @ (stored.T if transposed else stored).double() + branch)
+    if options["WANT_A"]:
+        x = matrix.masked(matrix(10, M, K, a[29]), 8, a[16], options["MASKED"])
+        matrix(13, R, K).copy_(t.double().T @ x)
+    if options["WANT_B"]:
+        matrix(14, N, R).copy_(dy.double().T @ matrix(12, M, R).double())
+
+
 def _group_forward(dtypes: Dtypes, options: Options, a: Arguments) -> None:
     M, K, matrix = a[32], a[33], _Matrices(dtypes, a)
     assert int(matrix(26, 1, 1)) == 0
@@ -182,6 +200,7 @@ def _nf4_product(dtypes: Dtypes, options: Options, a: Arguments) -> None:
 KERNELS: dict[str, Callable[[Dtypes, Options, Arguments], None]] = {
     "one_pass": _one_pass,
     "adapter_grads": _adapter_grads,
+    "backward": _backward,
     "group_forward": _group_forward,
     "group_input": _group_input,
     "group_grads": _group_grads,

@@ -63,7 +63,16 @@ class LaunchPath:
 @pytest.fixture
 def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath]:
     from lora_kernels.backends import sync
-    from lora_kernels.backends.triton import direct, gated, group, group_launch, launch, launches, nf4_launch
+    from lora_kernels.backends.triton import (
+        backward_launch,
+        direct,
+        gated,
+        group,
+        group_launch,
+        launch,
+        launches,
+        nf4_launch,
+    )
     from lora_kernels.backends.triton.tiles import Chip
 
     driver, asked = FakeDriver(), []
@@ -77,7 +86,11 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
     chip = Chip((9, 0), 132, 232448, True)
     for module, name, value in (
         (launch, "one_pass_kernel", driver.one_pass),
-        (launch, "adapter_grads_kernel", driver.adapter_grads),
+        (backward_launch, "adapter_grads_kernel", driver.adapter_grads),
+        (backward_launch, "backward_kernel", driver.backward),
+        (backward_launch, "_launches", {}),
+        (backward_launch, "_whole", {}),
+        (backward_launch, "chip_of", lambda device: chip),
         (launch, "_launches", {}),
         (launches, "_direct_kernels", {}),
         (launches, "_stream", lambda device: PYTHON),

@@ -109,6 +109,9 @@ def tile_builds(capability: int) -> Iterator[Build]:
                 yield replace(plain, precision="split", aligned=False)
             if tiles.use_tma or capability in (80, 86):
                 yield from group_builds(plain)
+            if tiles.use_tma and not forward:
+                whole = replace(plain, kernel="backward")
+                yield from (whole, replace(whole, rank=64), replace(whole, masked=True, rank=64))
     yield Build(capability, "adapter_grads", grad_tiles(chip, 2), rank=64)
     yield Build(capability, "adapter_grads", grad_tiles(chip, 2), masked=True, precision="split", rank=64)
     for masked, rank in ((False, 16), (True, 64)):
@@ -167,6 +170,10 @@ def scarce_variants(capability: int, widest: OnePassTiles, wide_fp32: OnePassTil
     chip = chip_of(capability)
     for forward in (True, False):
         yield Build(capability, "one_pass", wide_fp32, forward, dtype="fp32", ieee=True)
+        if not forward:
+            whole = Build(capability, "backward", widest, forward)
+            yield from (replace(whole, precision="rounded"), replace(whole, dtype="fp16", turned=True))
+            yield replace(whole, tiles=wide_fp32, dtype="fp32")
         group = Build(capability, "group_forward" if forward else "group_input", widest, forward, members=2)
         yield replace(group, precision="rounded")
         yield replace(group, tiles=wide_fp32, dtype="fp32", turned=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
-from target_builds import GFX942, Build, GradTiles, NF4Tiles, OnePassTiles, PlainBlock
+from target_builds import GFX942, ITEMSIZE, Build, GradTiles, NF4Tiles, OnePassTiles, PlainBlock, chip_of
 from triton.compiler import ASTSource
 
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
+from lora_kernels.backends.triton.backward import backward_kernel
 from lora_kernels.backends.triton.gated import gated_backward_kernel, gated_forward_kernel
 from lora_kernels.backends.triton.group_forward import group_forward_kernel
 from lora_kernels.backends.triton.group_grads import group_grads_kernel
@@ -18,12 +20,13 @@ from lora_kernels.backends.triton.group_operands import up_block
 from lora_kernels.backends.triton.nf4 import dequantize_kernel
 from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
-from lora_kernels.backends.triton.tiles import rank_block
+from lora_kernels.backends.triton.tiles import rank_block, tail_grad_tiles
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 KERNELS = {
     "one_pass": one_pass_kernel,
     "adapter_grads": adapter_grads_kernel,
+    "backward": backward_kernel,
     "group_forward": group_forward_kernel,
     "group_input": group_input_kernel,
     "group_grads": group_grads_kernel,
@@ -39,6 +42,7 @@ def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
     arguments = {
         "one_pass": _one_pass,
         "adapter_grads": _adapter_grads,
+        "backward": _backward,
         "group_forward": _group,
         "group_input": _group,
         "group_grads": _group_grads,
@@ -130,6 +134,29 @@ def _adapter_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     types = {"x_ptr": f"*{build.dtype}", "dy_ptr": f"*{build.dtype}", "t_ptr": _branch(build), "s_ptr": _branch(build)}
     types |= {"dA_ptr": _adapter(build), "dB_ptr": _adapter(build)}
     return constants, types | {"workspace_ptr": "*fp32", "sync_ptr": "*i32", "seed_ptr": "*i64"}
+
+
+def _backward(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    """The product of _one_pass that is not the forward's, and the adapters' gradients."""
+    tiles = build.tiles
+    assert isinstance(tiles, OnePassTiles)
+    product, product_types = _one_pass(replace(build, forward=False))
+    grads = tail_grad_tiles(chip_of(build.capability), ITEMSIZE[build.dtype])
+    kept = set(backward_kernel.arg_names)
+    constants = {k: v for k, v in product.items() if k in kept} | {
+        "MASKED": build.masked,
+        "WANT_A": True,
+        "WANT_B": True,
+        "GRAD_M": grads.block_m,
+        "GRAD_C": grads.block_c,
+        "GRAD_STAGES": grads.num_stages,
+        "stride_br": 1,
+        "stride_ak": 1,
+    }
+    types = {k: v for k, v in product_types.items() if k in kept}
+    types |= {"dy_ref": product_types["x_ref"], "dx_ref": product_types["out_ref"]}
+    types |= dict.fromkeys(("x_ptr", "dy_ptr"), f"*{build.dtype}") | dict.fromkeys(("s_ptr", "t_ptr"), _branch(build))
+    return constants, types | dict.fromkeys(("lora_a_ptr", "lora_b_ptr", "dA_ptr", "dB_ptr"), _adapter(build))
 
 
 def _group(build: Build) -> tuple[dict[str, Any], dict[str, str]]:

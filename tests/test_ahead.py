@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -39,7 +40,7 @@ from types import SimpleNamespace
 import torch
 from triton.backends.compiler import GPUTarget
 from lora_kernels.backends import Member
-from lora_kernels.backends.triton import ahead, group, group_launch, launch, launches, single
+from lora_kernels.backends.triton import ahead, backward_launch, group, group_launch, launch, launches, single
 from lora_kernels.backends.triton.tiles import Chip
 from lora_kernels.dropout import Dropout
 
@@ -53,7 +54,7 @@ triton.JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **o: kernel.war
 launches.direct_kernel = launches.BoundLaunch = lambda *a: SimpleNamespace(parameters=[])
 ahead.torch.cuda.device = lambda device: contextlib.nullcontext()
 zeros = torch.zeros(1 << 16, dtype=torch.int32)
-for module in (launch, group_launch):
+for module in (launch, backward_launch, group_launch):
     module.chip_of = lambda device: Chip((8, 0), 108, 166912, False)
     module.zeros_for = lambda device, count: zeros
 
@@ -68,9 +69,9 @@ LAYER = """
 weight, lora_A, lora_B = layer()
 _, s = single.forward(x, weight, lora_A, lora_B, None, 2.0, dropout, "rounded", want_s)
 if want_s:
-    _, t = single.backward_input(dy, weight, lora_A, lora_B, 2.0, dropout, "rounded", True)
-    launch.adapter_grads(x, dy, s, t, dropout, torch.float32)
+    single.backward(dy, weight, lora_A, lora_B, x, s, 2.0, dropout, "rounded", torch.float32)
 """
+ONE_LAUNCH = "\nbackward_launch.is_for_one_launch = lambda device, precision: True"
 GROUP = """
 members = [Member(*layer(), None, 2.0, dropout) for _ in range(2)]
 _, ss = group.forward(x, members, "rounded", want_s)
@@ -127,9 +128,10 @@ def _ahead(*names: str) -> list[list[Any]]:
     ("script", "names"),
     [
         (LAYER, ["one_pass_kernel", "one_pass_kernel", "adapter_grads_kernel"]),
+        (ONE_LAUNCH + LAYER, ["one_pass_kernel", "backward_kernel"]),
         (GROUP, ["group_forward_kernel", "group_input_kernel", "group_grads_kernel"]),
     ],
-    ids=["layer", "group"],
+    ids=["layer", "layer in one launch", "group"],
 )
 def test_a_backward_is_compiled_beside_its_forward(script: str, names: list[str], tmp_path: Path) -> None:
     assert _compiled(NO_GPU + "want_s = True" + script, tmp_path) == _ahead(*names)
@@ -197,5 +199,8 @@ def test_without_room_for_a_rehearsal_each_kernel_is_compiled_where_it_is_launch
 
 @pytest.mark.gpu
 def test_on_a_gpu_what_was_compiled_ahead_is_what_runs(tmp_path: Path) -> None:
-    names = ["one_pass_kernel", "one_pass_kernel", "adapter_grads_kernel"]
-    assert _compiled(GPU, tmp_path) == _ahead(*names)
+    from lora_kernels.backends.triton.backward_launch import is_for_one_launch
+
+    whole = is_for_one_launch(torch.device("cuda", 0), "native")
+    names = ["backward_kernel"] if whole else ["one_pass_kernel", "adapter_grads_kernel"]
+    assert _compiled(GPU, tmp_path) == _ahead("one_pass_kernel", *names)

@@ -46,10 +46,10 @@ class Launch {
   // `parameters` are those of the kernel in order, by direct.py's kinds; `numbers` the integers, by argument.
   Launch(uint64_t function, std::array<unsigned, 3> grid, unsigned threads, unsigned shared,
          const Parameters& parameters, const std::map<int, int64_t>& numbers, std::vector<MapShape> maps,
-         int64_t workspace_size, int64_t counters, bool decodes)
+         int64_t workspace_size, int64_t counters, std::string name)
       : workspace_size(workspace_size),
         counters(counters),
-        decodes(decodes),
+        name(std::move(name)),
         function_(reinterpret_cast<void*>(function)),
         grid_(grid),
         threads_(threads),
@@ -97,8 +97,8 @@ class Launch {
 
   // The floats of memory that the kernel works in, and the zeros that it counts in.
   const int64_t workspace_size, counters;
-  // Whether it is a product that decodes an NF4 weight where it uses it.
-  const bool decodes;
+  // The kernel's, as launches.py has it.
+  const std::string name;
 
  private:
   struct alignas(64) Map {

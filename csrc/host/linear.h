@@ -60,6 +60,21 @@ inline void launch_adapter_grads(Launching& launching, const Tensor& x, const Te
   launch(tensors, nullptr, launching.stream);
 }
 
+// dx = dy W + mask(T A), dA and dB, each of these where it is defined, and T, all in one launch.
+inline void launch_backward(Launching& launching, const Tensor& dy, const Tensor& weight, const Tensor& dx,
+                            const Tensor& lora_B, const Tensor& lora_A, const Tensor& t, const Tensor& x,
+                            const Tensor& s, const Tensor& dA, const Tensor& dB, const Tensor& seed, double scale) {
+  Launch& launch = launching.next();
+  const Tensor workspace = fresh({launch.workspace_size}, dy, at::kFloat);
+  Tensor kept;
+  const void* const tensors[] = {address(dy), address(weight), address(dx), address(lora_B), address(lora_A),
+                                 address(t), address(workspace),
+                                 zeros().of(dy.device(), launching.stream, launch.counters, kept), address(seed),
+                                 nullptr, address(x), address(dy), address(s), address(dA), address(dB)};
+  const float number = static_cast<float>(scale);
+  launch(tensors, &number, launching.stream);
+}
+
 // What is asked for in a backward.
 struct Needs {
   bool x = false, lora_A = false, lora_B = false, bias = false;
@@ -139,20 +154,28 @@ class LoRALinearBackward : public LoRANode {
     Launching launching(plan.launches, current_stream(device));
     const int64_t M = dy.numel() / N;
     const Tensor nothing;
-    Tensor t;
+    Tensor weight, t;
     if (needs.x) {
       auto sizes = dy.sizes().vec();
       sizes.back() = K;
       results[0] = fresh(sizes, dy, dtype);
       t = fresh({M, R}, dy, narrow_type());
-      const Tensor weight = dense_of(saved.weight, launching, dy, dtype);
-      launch_one_pass(launching, dy, weight, results[0], saved.lora_B, saved.lora_A, nothing, t, saved.seed, scale);
+      weight = dense_of(saved.weight, launching, dy, dtype);
     }
-    if (needs.lora_A || needs.lora_B) {
-      if (needs.lora_A) results[1] = fresh({R, K}, dy, adapter_dtype);
-      if (needs.lora_B) results[2] = fresh({N, R}, dy, adapter_dtype);
-      launch_adapter_grads(launching, saved.x, dy, needs.lora_A ? t : nothing, saved.s, results[1], results[2],
-                           needs.lora_A ? saved.seed : nothing);
+    if (needs.lora_A) results[1] = fresh({R, K}, dy, adapter_dtype);
+    if (needs.lora_B) results[2] = fresh({N, R}, dy, adapter_dtype);
+    const bool adapters = needs.lora_A || needs.lora_B;
+    if (needs.x && adapters && launching.is_whole()) {
+      launch_backward(launching, dy, weight, results[0], saved.lora_B, saved.lora_A, t, saved.x, saved.s, results[1],
+                      results[2], saved.seed, scale);
+    } else {
+      if (needs.x) {
+        launch_one_pass(launching, dy, weight, results[0], saved.lora_B, saved.lora_A, nothing, t, saved.seed, scale);
+      }
+      if (adapters) {
+        launch_adapter_grads(launching, saved.x, dy, needs.lora_A ? t : nothing, saved.s, results[1], results[2],
+                             needs.lora_A ? saved.seed : nothing);
+      }
     }
     if (needs.bias) results[3] = at::sum(dy.reshape({M, N}), {0}, false, bias_dtype);
     return results;

@@ -288,12 +288,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<Launch, std::shared_ptr<Launch>>(module, "Launch")
       .def(py::init([](uint64_t function, std::array<unsigned, 3> grid, unsigned threads, unsigned shared,
                        const Launch::Parameters& parameters, const std::map<int, int64_t>& numbers,
-                       const std::vector<Map>& maps, int64_t workspace_size, int64_t counters, bool decodes) {
+                       const std::vector<Map>& maps, int64_t workspace_size, int64_t counters, std::string name) {
         std::vector<MapShape> shapes;
         const auto shape_of = [](auto... fields) { return MapShape{fields...}; };
         for (const Map& map : maps) shapes.push_back(std::apply(shape_of, map));
         return std::make_shared<Launch>(function, grid, threads, shared, parameters, numbers, std::move(shapes),
-                                        workspace_size, counters, decodes);
+                                        workspace_size, counters, std::move(name));
       }));
   // The addresses of Driver's functions.
   module.def("use_driver", [](uint64_t launch, uint64_t encode_map, uint64_t is_capturing, uint64_t current_stream,

@@ -57,7 +57,9 @@ class Launching {
   Launching(const Launches& launches, void* stream) : stream(stream), next_(launches.begin()) {}
   Launch& next() { return **next_++; }
   // Whether the next one decodes a weight inside of a product.
-  bool decodes() const { return (*next_)->decodes; }
+  bool decodes() const { return (*next_)->name == "nf4_product"; }
+  // Whether the next one is a backward with all its gradients.
+  bool is_whole() const { return (*next_)->name == "backward"; }
   void* const stream;
 
  private:

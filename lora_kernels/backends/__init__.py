@@ -115,6 +115,22 @@ class BackwardAdapters(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]: ...
 
 
+class Backward(Protocol):
+    def __call__(
+        self,
+        dy: Tensor,
+        weight: Weight,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        x: Tensor | None,
+        s: Tensor | None,
+        scale: Scale,
+        dropout: Dropout | None,
+        precision: Precision,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+
+
 class Refusal(Protocol):
     def __call__(self, problem: Problem) -> str | None: ...
 
@@ -224,6 +240,8 @@ class Backend:
 
     Without a `group` of its own its groups go member by member, without a `gated` those parts are PyTorch's.
     `nf4_paths` says how the forward and the backward of one call go, where that depends on more than the problem.
+    `backward` gives dx, and dA where it has x and dB where it has S, at once: what backward_input and backward_adapters
+    give one after the other, which run without it.
     """
 
     name: str
@@ -236,3 +254,4 @@ class Backend:
     group: GroupBackend | None = None
     gated: GatedBackend | None = None
     nf4_paths: NF4Paths | None = None
+    backward: Backward | None = None

@@ -1,4 +1,4 @@
-"""The Triton backend: one launch forward, one for the input's gradient, one for both adapters' gradients."""
+"""The Triton backend: one launch forward, and one or two backward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import Backend, NF4Path, Problem
-from lora_kernels.backends.triton import gated, group, launch, nf4_tiles, single
+from lora_kernels.backends.triton import backward_launch, gated, group, nf4_tiles, single
 from lora_kernels.backends.triton.tiles import INTERPRETER, candidates, chip_of
 from lora_kernels.nf4 import NF4Weight
 
@@ -47,8 +47,9 @@ def _describe(problem: Problem) -> str | None:
         f"{t.block_m}x{t.block_n}x{t.block_k}" for t in candidates(chip, problem.dtype.itemsize, use_tma)
     )
     path = "TMA descriptors" if use_tma else "pointers"
+    backward = "one" if backward_launch.is_for_one_launch(problem.device, problem.precision) else "two"
     nf4 = f"; {nf4_tiles.describe(chip, problem.dtype, problem.in_features)}" if problem.nf4 else ""
-    return f"one launch forward, two backward; {path}; tiles by M from {tiles}{nf4}"
+    return f"one launch forward, {backward} backward; {path}; tiles by M from {tiles}{nf4}"
 
 
 def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:
@@ -61,9 +62,10 @@ BACKEND = Backend(
     _declines,
     single.forward,
     single.backward_input,
-    launch.adapter_grads,
+    backward_launch.adapter_grads,
     _describe,
     group=group.GROUP,
     gated=gated.GATED,
     nf4_paths=_nf4_paths,
+    backward=single.backward,
 )

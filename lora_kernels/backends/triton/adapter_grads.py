@@ -16,15 +16,15 @@ from lora_kernels.backends.triton.pieces import in_parts, keep_tile, sum_of_part
 
 
 @triton.jit
-def _reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, first_row, last_row, seed_ptr, threshold,
-                 BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, MASKED: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, first_row, last_row, seed_ptr, threshold,
+                BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, MASKED: tl.constexpr,
+                PRECISION: tl.constexpr, STAGES: tl.constexpr = None):  # fmt: skip
     """sum over rows of mask(wide)[m, c] * narrow[m, r]: a float32 tile [BLOCK_C, BLOCK_R]."""
     offs_c = column0 + tl.arange(0, BLOCK_C)
     offs_r = r0 + tl.arange(0, BLOCK_R)
     split: tl.constexpr = wide_ptr.dtype.element_ty != narrow_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    for m0 in tl.range(first_row, last_row, BLOCK_M):
+    for m0 in tl.range(first_row, last_row, BLOCK_M, num_stages=STAGES):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)[:, None]
         in_rows = (offs_m < last_row)[:, None]
@@ -40,19 +40,17 @@ def _reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, 
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "rows_per_part", "parts"])
-def adapter_grads_kernel(
-    x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr, workspace_ptr, sync_ptr, seed_ptr, threshold,
-    M, K, N, R, stride_xm, stride_dym, rows_per_part, parts,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    WANT_A: tl.constexpr, WANT_B: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x [M, K], dy [M, N], t and s [M, R] contiguous; dA [R, K] and dB [N, R] contiguous.
+@triton.jit
+def reduce_task(block, part, chunk, blocks, x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr, workspace_ptr, sync_ptr, seed_ptr,
+                threshold, M, K, N, R, stride_xm, stride_dym, rows_per_part, parts,
+                BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, WANT_A: tl.constexpr,
+                WANT_B: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+                STAGES: tl.constexpr = None):  # fmt: skip
+    """One part of M of one block of columns, of which there are `blocks`: those of x, if WANT_A, and then those of dy.
 
-    The grid is (column blocks of x and then of dy, parts of M, chunks of the rank); sync_ptr holds a zero for each
-    column block and chunk.
+    x [M, K], dy [M, N], t and s [M, R] contiguous; dA [R, K] and dB [N, R] contiguous. sync_ptr holds a zero for each
+    block and chunk of the rank.
     """
-    block, part, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row = part * rows_per_part
     last_row = tl.minimum(first_row + rows_per_part, M)
     r0 = chunk * BLOCK_R
@@ -63,18 +61,18 @@ def adapter_grads_kernel(
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     if WANT_A:
         if is_a:
-            acc = _reduce_rows(x_ptr, stride_xm, t_ptr, column0, r0, K, R, M, first_row, last_row, seed_ptr, threshold,
-                               BLOCK_M, BLOCK_C, BLOCK_R, MASKED, PRECISION)  # fmt: skip
+            acc = reduce_rows(x_ptr, stride_xm, t_ptr, column0, r0, K, R, M, first_row, last_row, seed_ptr, threshold,
+                              BLOCK_M, BLOCK_C, BLOCK_R, MASKED, PRECISION, STAGES)  # fmt: skip
     if WANT_B:
         if not is_a:
-            acc = _reduce_rows(dy_ptr, stride_dym, s_ptr, column0, r0, N, R, M, first_row, last_row, seed_ptr, threshold,
-                               BLOCK_M, BLOCK_C, BLOCK_R, False, PRECISION)  # fmt: skip
+            acc = reduce_rows(dy_ptr, stride_dym, s_ptr, column0, r0, N, R, M, first_row, last_row, seed_ptr, threshold,
+                              BLOCK_M, BLOCK_C, BLOCK_R, False, PRECISION, STAGES)  # fmt: skip
 
     last = True
     if parts > 1:
         TILE: tl.constexpr = BLOCK_C * BLOCK_R
         offsets = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-        group = chunk * tl.num_programs(0) + block
+        group = chunk * blocks + block
         tile_ptr = workspace_ptr + group.to(tl.int64) * parts * TILE + offsets
         tl.store(tile_ptr + part * TILE, acc)
         # Every thread's part of the tile must be written before one thread counts it.
@@ -98,3 +96,16 @@ def adapter_grads_kernel(
             if not is_a:
                 tl.store(dB_ptr + offs_c.to(tl.int64)[:, None] * R + offs_r[None, :], acc.to(dB_ptr.dtype.element_ty),
                          (offs_r < R)[None, :] & (offs_c < N)[:, None])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "threshold", "rows_per_part", "parts"])
+def adapter_grads_kernel(
+    x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr, workspace_ptr, sync_ptr, seed_ptr, threshold,
+    M, K, N, R, stride_xm, stride_dym, rows_per_part, parts,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    WANT_A: tl.constexpr, WANT_B: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The grid is (column blocks of x and then of dy, parts of M, chunks of the rank)."""
+    reduce_task(tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0), x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr,
+                dB_ptr, workspace_ptr, sync_ptr, seed_ptr, threshold, M, K, N, R, stride_xm, stride_dym, rows_per_part, parts,
+                BLOCK_M, BLOCK_C, BLOCK_R, WANT_A, WANT_B, MASKED, PRECISION)  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.adapter_grads import _reduce_rows
+from lora_kernels.backends.triton.adapter_grads import reduce_rows
 from lora_kernels.backends.triton.group_pieces import member_number, member_of
 from lora_kernels.backends.triton.pieces import in_parts, keep_tile, sum_of_parts
 
@@ -95,7 +95,7 @@ def group_grads_kernel(
             member, first = member_of(block - blocks_x, tl.cdiv(N0, BLOCK_C),
                                       tl.cdiv(N1, BLOCK_C) if B_COUNT > 1 else 0, B_COUNT)  # fmt: skip
             column0 = (block - blocks_x - first) * BLOCK_C
-            acc0 = _reduce_rows(member_number(member, dy0_ptr, dy1_ptr, dy2_ptr, B_COUNT),
+            acc0 = reduce_rows(member_number(member, dy0_ptr, dy1_ptr, dy2_ptr, B_COUNT),
                                 member_number(member, stride_dy0, stride_dy1, stride_dy2, B_COUNT),
                                 member_number(member, s0_ptr, s1_ptr, s2_ptr, B_COUNT), column0, r0,
                                 member_number(member, N0, N1, N2, B_COUNT), member_number(member, RB0, RB1, RB2, B_COUNT),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -11,17 +12,13 @@ from torch import Tensor
 
 from lora_kernels.backends import Precision, Scale, tf32_allowed
 from lora_kernels.backends.sync import zeros_for
-from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.launches import Launch, alignment, remember
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.tiles import (
-    GradTiles,
     OnePassTiles,
     chip_of,
-    grad_tiles,
     one_pass_tiles,
     rank_block,
-    row_parts,
     share_out,
 )
 from lora_kernels.dropout import Dropout
@@ -156,15 +153,10 @@ def _plan_launch(
     spin_limit: int,
     programs: int | None,
 ) -> Launch:
-    (M, K), N, R, device, dtype = left.shape, weight.shape[1], down.shape[1], left.device, left.dtype
-    w_is_nk = weight.stride(0) == 1
-    stored_w = weight.T if w_is_nk else weight
-    out_rows_align = N * dtype.itemsize % 16 == 0
-    use_tma = fits_tma(left) and fits_tma(stored_w) and out_rows_align
+    (M, K), N, R = left.shape, weight.shape[1], down.shape[1]
     mask_out = dropout is not None and not mask_left
-    chip = chip_of(device)
-    tiles = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
-    plan = plan_one_pass(M, K, N, R, precision, tiles, programs or chip.multiprocessors)
+    chosen = settle(left, weight, down, up, mask_out, precision, tiles, programs)
+    plan = chosen.plan
     numbers = (
         0 if dropout is None else dropout.threshold,
         spin_limit if plan.shares else 0,
@@ -176,12 +168,59 @@ def _plan_launch(
         plan.shares,
         int(plan.x_stays),
         left.stride(0),
-        stored_w.stride(0),
+        chosen.weight_stride,
         N,
         *down.stride(),
         *up.stride(),
         R,
     )
+    options = {
+        **chosen.options,
+        "MASK_X": dropout is not None and mask_left,
+        "MASK_OUT": mask_out,
+        "HAS_BIAS": bias is not None,
+    }
+    kind = (
+        "one_pass", *chosen.kind, mask_out, dropout is None, isinstance(scale, Tensor) and scale.dtype,
+        bias is not None and bias.dtype, alignment(bias),
+    )  # fmt: skip
+    grid = (plan.programs, 1, 1)
+    return Launch(one_pass_kernel, kind, grid, options, chosen.blocks, plan.workspace_size, plan.counters, numbers)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What shapes, strides and dtypes decide about a product with an adapter, whichever kernel it is a part of.
+
+    `kind` is what Triton's specialization of its arguments depends on.
+    """
+
+    plan: OnePassPlan
+    weight_stride: int
+    options: dict[str, Any]
+    blocks: tuple[tuple[int, int], ...] | None
+    kind: tuple[object, ...]
+
+
+def settle(
+    left: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    mask_out: bool,
+    precision: Precision,
+    tiles: OnePassTiles | None = None,
+    programs: int | None = None,
+) -> Settled:
+    """The plan of out = left weight + S up and S = left down, and how a kernel is compiled for it."""
+    (M, K), N, R, device, dtype = left.shape, weight.shape[1], down.shape[1], left.device, left.dtype
+    w_is_nk = weight.stride(0) == 1
+    stored_w = weight.T if w_is_nk else weight
+    out_rows_align = N * dtype.itemsize % 16 == 0
+    use_tma = fits_tma(left) and fits_tma(stored_w) and out_rows_align
+    chip = chip_of(device)
+    tiles = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
+    plan = plan_one_pass(M, K, N, R, precision, tiles, programs or chip.multiprocessors)
     options = {
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
@@ -190,9 +229,6 @@ def _plan_launch(
         "GROUP_M": tiles.group_m,
         "RANK_CHUNKS": plan.rank_chunks,
         "W_IS_NK": w_is_nk,
-        "MASK_X": dropout is not None and mask_left,
-        "MASK_OUT": mask_out,
-        "HAS_BIAS": bias is not None,
         "SPLIT": precision == "split",
         "PRECISION": dot_precision(dtype),
         "USE_TMA": tiles.use_tma,
@@ -207,107 +243,10 @@ def _plan_launch(
         w_block = (tiles.block_n, tiles.block_k) if w_is_nk else (tiles.block_k, tiles.block_n)
         blocks = ((tiles.block_m, tiles.block_k), w_block, (tiles.block_m, tiles.block_n // 2))
     kind = (
-        "one_pass", device, dtype, precision, K, N, R, tiles, w_is_nk, mask_out, left.stride(0), stored_w.stride(0),
-        down.stride(), up.stride(), down.dtype, dropout is None, isinstance(scale, Tensor) and scale.dtype,
-        bias is not None and bias.dtype, alignment(left, stored_w, down, up, bias),
+        device, dtype, precision, K, N, R, tiles, w_is_nk, left.stride(0), stored_w.stride(0), down.stride(), up.stride(),
+        down.dtype, alignment(left, stored_w, down, up),
     )  # fmt: skip
-    grid = (plan.programs, 1, 1)
-    return Launch(one_pass_kernel, kind, grid, options, blocks, plan.workspace_size, plan.counters, numbers)
-
-
-def adapter_grads(
-    x: Tensor | None,
-    dy: Tensor,
-    s: Tensor | None,
-    t: Tensor | None,
-    dropout: Dropout | None,
-    dtype: torch.dtype,
-    *,
-    tiles: GradTiles | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dA = T^T mask(x) [R, K] and dB = dy^T S [N, R], in `dtype`; None for what has no operands."""
-    want_a, want_b = t is not None and x is not None, s is not None
-    narrow = t if t is not None else s
-    assert narrow is not None
-    (M, N), R, device = dy.shape, narrow.shape[1], dy.device
-    K = 0 if x is None else x.shape[1]
-    dA = torch.empty(R, K, dtype=dtype, device=device) if want_a else None
-    dB = torch.empty(N, R, dtype=dtype, device=device) if want_b else None
-    if M == 0:
-        return None if dA is None else dA.zero_(), None if dB is None else dB.zero_()
-    launch = adapter_grads_launch(x, dy, s, t, dropout, dtype, tiles)
-    workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
-    seed = dropout.seed if want_a and dropout is not None else None
-    zeros = zeros_for(device, launch.counters)
-    launch(device, (x if want_a else None, dy, t if want_a else None, s, dA, dB, workspace, zeros, seed))
-    return dA, dB
-
-
-def adapter_grads_launch(
-    x: Tensor | None,
-    dy: Tensor,
-    s: Tensor | None,
-    t: Tensor | None,
-    dropout: Dropout | None,
-    dtype: torch.dtype,
-    tiles: GradTiles | None = None,
-) -> Launch:
-    """The launch that adapter_grads makes for arguments like these, planned where there was none before."""
-    narrow = t if t is not None else s
-    assert narrow is not None
-    key = (
-        dy.device, dy.dtype, narrow.dtype, dtype, dy.shape, dy.stride(0), narrow.shape[1],
-        x is not None and (x.shape[1], x.stride(0)), t is None, s is None, dropout is not None and dropout.threshold,
-        alignment(x, dy, t, s), dot_precision(dy.dtype), tiles,
-    )  # fmt: skip
-    launch = _launches.get(key)
-    if launch is None:
-        launch = _plan_adapter_grads(x, dy, s, t, dropout, dtype, tiles)
-        remember(_launches, key, launch)
-    return launch
-
-
-def _plan_adapter_grads(
-    x: Tensor | None,
-    dy: Tensor,
-    s: Tensor | None,
-    t: Tensor | None,
-    dropout: Dropout | None,
-    dtype: torch.dtype,
-    tiles: GradTiles | None,
-) -> Launch:
-    want_a, want_b = t is not None and x is not None, s is not None
-    narrow = t if t is not None else s
-    assert narrow is not None
-    (M, N), R, device = dy.shape, narrow.shape[1], dy.device
-    K, x_stride = (0, 0) if x is None else (x.shape[1], x.stride(0))
-    chip = chip_of(device)
-    tiles = tiles or grad_tiles(chip, dy.dtype.itemsize)
-    block_r = rank_block(R, "native" if narrow.dtype == dy.dtype else "split")
-    chunks = triton.cdiv(R, block_r)
-    blocks = (triton.cdiv(K, tiles.block_c) if want_a else 0) + (triton.cdiv(N, tiles.block_c) if want_b else 0)
-    parts, rows_per_part = row_parts(chip, tiles, M, blocks * chunks)
-    masked = want_a and dropout is not None
-    threshold = dropout.threshold if masked and dropout is not None else 0
-    numbers = (threshold, M, K, N, R, x_stride, dy.stride(0), rows_per_part, parts)
-    options = {
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_C": tiles.block_c,
-        "BLOCK_R": block_r,
-        "WANT_A": want_a,
-        "WANT_B": want_b,
-        "MASKED": masked,
-        "PRECISION": dot_precision(dy.dtype),
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }
-    kind = (
-        "adapter_grads", device, dy.dtype, narrow.dtype, dtype, K, N, R, x_stride, dy.stride(0), want_a, want_b,
-        masked, tiles, alignment(x, dy, t, s),
-    )  # fmt: skip
-    workspace_size = parts * blocks * chunks * tiles.block_c * block_r
-    grid = (blocks, parts, chunks)
-    return Launch(adapter_grads_kernel, kind, grid, options, None, workspace_size, blocks * chunks, numbers)
+    return Settled(plan, stored_w.stride(0), options, blocks, kind)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -87,7 +87,7 @@ def one_pass(
     """
     chip = chip_of(left.device)
     if path is None:
-        path, _ = path_for(chip, left, weight, forward)
+        path = "fly" if flies(left, weight, forward) else "scratch"
     elif path == "fly" and (reason := cannot_fly(chip, left, weight)) is not None:
         raise ValueError(f"path was 'fly', but must be 'scratch': {reason}")
     if path == "fly":
@@ -97,6 +97,12 @@ def one_pass(
     return launch.one_pass(
         left, scratch.T if forward else scratch, down, up, bias, scale, dropout, forward, precision
     )
+
+
+def flies(left: Tensor, weight: NF4Weight, forward: bool) -> bool:
+    """Whether a product of these operands decodes the weight where it uses it, without a copy."""
+    path, _ = path_for(chip_of(left.device), left, weight, forward)
+    return path == "fly"
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ from lora_kernels.backends.triton.sharing import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "k_parts", "shares", "x_stays"])
-def one_pass_kernel(
+@triton.jit
+def all_tiles(
     x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr,
     scale, threshold, spin_limit, M, N, K, R, k_parts, shares, x_stays,
     stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
@@ -53,7 +53,7 @@ def one_pass_kernel(
     MASK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """The module's docstring says what it computes and why it ends.
+    """This program's tiles of out, and its shares of S. The module's docstring says what that is and why it ends.
 
     x_ref [M, K], w_ref ([N, K] if W_IS_NK, else [K, N]) and out_ref [M, N] are TMA descriptors if USE_TMA, else
     pointers. x_stays: whether L2 holds X. sync_ptr holds, all zero: the count of finished programs, that of complete
@@ -144,9 +144,36 @@ def one_pass_kernel(
                          stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS,
                          MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
+
+@triton.jit
+def counters_of_tiles(M, BLOCK_M: tl.constexpr, RANK_CHUNKS: tl.constexpr):
+    """How many numbers all_tiles counts in."""
+    return 2 + tl.cdiv(M, BLOCK_M) * (1 + RANK_CHUNKS)
+
+
+@triton.jit
+def put_back(sync_ptr, used):
+    """Zeroes what was counted in, for the next launch on the stream or the next replay of the graph."""
+    for start in tl.range(0, used, 1024):
+        offs = start + tl.arange(0, 1024)
+        tl.store(sync_ptr + offs, 0, mask=offs < used)
+
+
+@triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "k_parts", "shares", "x_stays"])
+def one_pass_kernel(
+    x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr,
+    scale, threshold, spin_limit, M, N, K, R, k_parts, shares, x_stays,
+    stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr,
+    MASK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """The module's docstring says what it computes, all_tiles what the arguments are."""
+    all_tiles(x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr, scale,
+              threshold, spin_limit, M, N, K, R, k_parts, shares, x_stays, stride_xm, stride_w, stride_om, stride_dk, stride_dr,
+              stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RANK_CHUNKS, W_IS_NK, MASK_X,
+              MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
     tl.debug_barrier()
-    if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == programs - 1:
-        used = 2 + row_tiles * (1 + RANK_CHUNKS)
-        for start in tl.range(0, used, 1024):
-            offs = start + tl.arange(0, 1024)
-            tl.store(sync_ptr + offs, 0, mask=offs < used)
+    if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        put_back(sync_ptr, counters_of_tiles(M, BLOCK_M, RANK_CHUNKS))

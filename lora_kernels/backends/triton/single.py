@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from lora_kernels.backends import Precision, Scale, eager
-from lora_kernels.backends.triton import ahead, launch, nf4_launch
+from lora_kernels.backends.triton import ahead, backward_launch, launch, nf4_launch
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import NF4Weight
 from lora_kernels.weights import Weight
@@ -33,6 +34,27 @@ def forward(
         else:
             y, s = launch.one_pass(x, _strided(weight).T, down, up, bias, scale, dropout, True, precision)
     return y, s if want_s else None
+
+
+def backward(
+    dy: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx = dy W + mask(T A), and of dA = T^T mask(x) and dB = dy^T S what has an operand."""
+    if isinstance(weight, NF4Weight):
+        if nf4_launch.flies(dy, weight, forward=False):
+            dx, t = nf4_launch.one_pass(dy, weight, lora_B, lora_A, None, scale, dropout, False, precision)
+            return dx, *backward_launch.adapter_grads(x, dy, s, None if x is None else t, dropout, dtype)
+        weight = nf4_launch.dequantize(weight, dy.dtype)
+    return backward_launch.backward(dy, _strided(weight), lora_A, lora_B, x, s, scale, dropout, precision, dtype)
 
 
 def backward_input(
@@ -65,9 +87,9 @@ def _rehearse_backward(
     precision: Precision,
 ) -> None:
     """The launches of a backward with every gradient."""
-    dy = x.new_empty(x.shape[0], lora_B.shape[0])
-    _, t = backward_input(dy, weight, lora_A, lora_B, scale, dropout, precision, True)
-    launch.adapter_grads(x, dy, t, t, dropout, lora_A.dtype)
+    (M, _), (N, R) = x.shape, lora_B.shape
+    s = x.new_empty(M, R, dtype=torch.float32 if precision == "split" else x.dtype)
+    backward(x.new_empty(M, N), weight, lora_A, lora_B, x, s, scale, dropout, precision, lora_A.dtype)
 
 
 def _strided(weight: Tensor) -> Tensor:

@@ -198,3 +198,18 @@ def row_parts(chip: Chip, tiles: GradTiles, M: int, blocks: int) -> tuple[int, i
     parts = max(1, min(2 * chip.multiprocessors // blocks, -(-steps // 2), 32))
     rows = -(-steps // parts) * tiles.block_m
     return -(-M // rows), rows
+
+
+
+def tail_grad_tiles(chip: Chip, itemsize: int) -> GradTiles:
+    """The configuration behind a product: its program has the multiprocessor to itself, and takes twice the rows."""
+    tiles = shipped_grad_tiles(chip, itemsize)
+    return tiles if chip == INTERPRETER else replace(tiles, block_m=2 * tiles.block_m)
+
+
+def tail_parts(chip: Chip, tiles: GradTiles, M: int, blocks: int) -> tuple[int, int]:
+    """(parts of M, rows of each) of the adapter gradients behind a product: two parts for each multiprocessor."""
+    steps = -(-M // tiles.block_m)
+    parts = max(1, min(round(2 * chip.multiprocessors / blocks), -(-steps // 4), 32))
+    rows = -(-steps // parts) * tiles.block_m
+    return -(-M // rows), rows

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import Precision
-from lora_kernels.backends.triton import ahead, launch
+from lora_kernels.backends.triton import ahead, backward_launch, launch
 from lora_kernels.backends.triton.tiles import GradTiles, OnePassTiles
 from lora_kernels.cli.bench.cases import SCALING, Operands
 from lora_kernels.cli.bench.check import LIMITS
@@ -76,7 +76,7 @@ class Grads:
 
     def run(self, tiles: GradTiles) -> tuple[Tensor | None, Tensor | None]:
         """One launch."""
-        return launch.adapter_grads(self.x, self.dy, self.s, self.t, None, self.x.dtype, tiles=tiles)
+        return backward_launch.adapter_grads(self.x, self.dy, self.s, self.t, None, self.x.dtype, tiles=tiles)
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """dA and dB in float64, rounded to float32."""
@@ -181,7 +181,7 @@ def _run_demanding(
     bias = torch.zeros(512, dtype=dtype, device=device)
     dropout = Dropout.draw(0.1, device)
     if isinstance(tiles, GradTiles):
-        launch.adapter_grads(x, x, S, S, dropout, narrow, tiles=tiles)
+        backward_launch.adapter_grads(x, x, S, S, dropout, narrow, tiles=tiles)
     else:
         launch.one_pass(x, weight.T, A.T, B.T, bias, 1.0, dropout, True, precision, tiles=tiles)
         launch.one_pass(x, weight, B, A, None, 1.0, dropout, False, precision, tiles=tiles)
