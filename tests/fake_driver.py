@@ -101,9 +101,9 @@ class FakeDriver:
         self.launches: list[Launched] = []
         self.encoded = 0
         self.capturing = False
-        self.one_pass = FakeKernel(self, "one_pass", (12, 13, 14, 18, 19, 20))
+        self.one_pass = FakeKernel(self, "one_pass", (12, 13, 14, 18, 19, 20, 21))
         self.adapter_grads = FakeKernel(self, "adapter_grads", (9, 10, 16, 17))
-        self.backward = FakeKernel(self, "backward", (16, 17, 18, 22, 23, 24, 25, 26))
+        self.backward = FakeKernel(self, "backward", (16, 17, 18, *range(22, 28)))
         self.group_forward = FakeKernel(self, "group_forward", (30, 31, 32, 40, 41, 42))
         self.group_input = FakeKernel(self, "group_input", (27, 28, 29, 37, 38, 39, 40, 41))
         self.group_grads = FakeKernel(self, "group_grads", (21, 22, 37, 38))

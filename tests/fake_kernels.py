@@ -55,10 +55,10 @@ class _Matrices:
 def _one_pass(dtypes: Dtypes, options: Options, a: Arguments) -> None:
     M, N, K, R = a[14], a[15], a[16], a[17]
     matrix, transposed = _Matrices(dtypes, a), options["W_IS_NK"]
-    left, out = matrix(0, M, K, a[21]), matrix(2, M, N, a[23])
-    stored = matrix(1, *((N, K) if transposed else (K, N)), a[22])
-    down, up = _view(a[3], dtypes[3], K, R, a[24], a[25]), _view(a[4], dtypes[4], R, N, a[26], a[27])
-    s = matrix(6, M, R, a[28])
+    left, out = matrix(0, M, K, a[22]), matrix(2, M, N, a[24])
+    stored = matrix(1, *((N, K) if transposed else (K, N)), a[23])
+    down, up = _view(a[3], dtypes[3], K, R, a[25], a[26]), _view(a[4], dtypes[4], R, N, a[27], a[28])
+    s = matrix(6, M, R, a[29])
     assert int(matrix(8, 1, 1)) == 0
     s.copy_(matrix.masked(left, 9, a[12], options["MASK_X"]) @ down.double() * matrix.scale(10, 11))
     branch = matrix.masked(s.double() @ up.double(), 9, a[12], options["MASK_OUT"])
@@ -81,16 +81,16 @@ def _adapter_grads(dtypes: Dtypes, options: Options, a: Arguments) -> None:
 def _backward(dtypes: Dtypes, options: Options, a: Arguments) -> None:
     M, N, K, R = a[18], a[19], a[20], a[21]
     matrix, transposed = _Matrices(dtypes, a), options["W_IS_NK"]
-    dy, dx, t = matrix(0, M, N, a[27]), matrix(2, M, K), matrix(5, M, R)
-    stored = matrix(1, *((K, N) if transposed else (N, K)), a[28])
-    lora_B, lora_A = _view(a[3], dtypes[3], N, R, a[30], a[31]), _view(a[4], dtypes[4], R, K, a[32], a[33])
+    dy, dx, t = matrix(0, M, N, a[28]), matrix(2, M, K), matrix(5, M, R)
+    stored = matrix(1, *((K, N) if transposed else (N, K)), a[29])
+    lora_B, lora_A = _view(a[3], dtypes[3], N, R, a[31], a[32]), _view(a[4], dtypes[4], R, K, a[33], a[34])
     assert int(matrix(7, 1, 1)) == 0
     assert a[11] == (a[0][0] if isinstance(a[0], tuple) else a[0])
     t.copy_(dy.double() @ lora_B.double() * matrix.scale(9, 15))
     branch = matrix.masked(t.double() @ lora_A.double(), 8, a[16], options["MASKED"])
     dx.copy_(dy.double() @ (stored.T if transposed else stored).double() + branch)
     if options["WANT_A"]:
-        x = matrix.masked(matrix(10, M, K, a[29]), 8, a[16], options["MASKED"])
+        x = matrix.masked(matrix(10, M, K, a[30]), 8, a[16], options["MASKED"])
         matrix(13, R, K).copy_(t.double().T @ x)
     if options["WANT_B"]:
         matrix(14, N, R).copy_(dy.double().T @ matrix(12, M, R).double())

@@ -42,8 +42,8 @@ DEQUANTIZE, GATED = PlainBlock(DEQUANTIZE_BLOCK), PlainBlock(1024)
 class Build:
     """One kernel, as the launcher would ask for it.
 
-    turned: the weight is stored as [K, N], and not as [N, K]. ieee: float32 products are without TF32. want_h: of a
-    gated MLP's backward.
+    turned: the weight is stored as [K, N], and not as [N, K]. ieee: float32 products are without TF32. alone: S is
+    computed by programs that have fewer tiles. want_h: of a gated MLP's backward.
     """
 
     capability: int
@@ -62,10 +62,11 @@ class Build:
     double_quant: bool = True
     activation: Activation = "silu"
     want_h: bool = True
+    alone: bool = True
 
     def __str__(self) -> str:
         tiles = "x".join(str(v) for k, v in asdict(self.tiles).items() if k.startswith("block"))
-        flags = [k for k in ("forward", "masked", "aligned", "turned", "ieee") if getattr(self, k)]
+        flags = [k for k in ("forward", "masked", "aligned", "turned", "ieee", "alone") if getattr(self, k)]
         flags += [self.dtype, self.precision]
         if self.members > 1:
             flags.append(f"{self.members} members")

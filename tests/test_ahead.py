@@ -71,7 +71,7 @@ _, s = single.forward(x, weight, lora_A, lora_B, None, 2.0, dropout, "rounded", 
 if want_s:
     single.backward(dy, weight, lora_A, lora_B, x, s, 2.0, dropout, "rounded", torch.float32)
 """
-ONE_LAUNCH = "\nbackward_launch.is_for_one_launch = lambda device, precision: True"
+ONE_LAUNCH = "\nbackward_launch.is_for_one_launch = lambda device, rank: True"
 GROUP = """
 members = [Member(*layer(), None, 2.0, dropout) for _ in range(2)]
 _, ss = group.forward(x, members, "rounded", want_s)
@@ -201,6 +201,6 @@ def test_without_room_for_a_rehearsal_each_kernel_is_compiled_where_it_is_launch
 def test_on_a_gpu_what_was_compiled_ahead_is_what_runs(tmp_path: Path) -> None:
     from lora_kernels.backends.triton.backward_launch import is_for_one_launch
 
-    whole = is_for_one_launch(torch.device("cuda", 0), "native")
+    whole = is_for_one_launch(torch.device("cuda", 0), 16)
     names = ["backward_kernel"] if whole else ["one_pass_kernel", "adapter_grads_kernel"]
     assert _compiled(GPU, tmp_path) == _ahead("one_pass_kernel", *names)

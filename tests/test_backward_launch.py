@@ -61,7 +61,7 @@ def one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*arguments: object) -> None:
         raise AssertionError("there was a second launch")
 
-    monkeypatch.setattr(backward_launch, "is_for_one_launch", lambda device, precision: True)
+    monkeypatch.setattr(backward_launch, "is_for_one_launch", lambda device, rank: True)
     monkeypatch.setattr(backward_launch, "adapter_grads", refused)
 
 
@@ -103,7 +103,9 @@ def test_what_nobody_asked_for_is_not_computed(x: bool, s: bool, device: torch.d
 
 @pytest.mark.skipif(not HAS_GPU, reason="the interpreter has one configuration")
 @pytest.mark.parametrize("tiles", candidates(chip_of(torch.device("cuda", 0)), 2, True) if HAS_GPU else [], ids=str)
-@pytest.mark.parametrize("case", [Case(3000, 1024, 768, 16, HALF), Case(700, 512, 1536, 40, HALF, dropout=0.2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(3000, 1024, 768, 16, HALF), Case(700, 512, 1536, 40, HALF, dropout=0.2)], ids=str
+)
 def test_it_is_right_in_every_configuration(case: Case, tiles: OnePassTiles, device: torch.device) -> None:
     problem = Problem(case, device)
     for value, exact in zip(problem.backward(tiles=tiles), problem.exact, strict=True):
@@ -146,6 +148,6 @@ def test_a_layer_takes_it(dropout: float, device: torch.device, monkeypatch: pyt
 
     expected = gradients("eager")
     monkeypatch.undo()
-    monkeypatch.setattr(backward_launch, "is_for_one_launch", lambda device, precision: True)
+    monkeypatch.setattr(backward_launch, "is_for_one_launch", lambda device, rank: True)
     for value, wanted in zip(gradients("triton"), expected, strict=True):
         assert relative_error(value, wanted) < 6e-3

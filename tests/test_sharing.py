@@ -1,4 +1,4 @@
-"""S, shared out among tiles: in whichever order they go through K."""
+"""S, shared out among tiles, in whichever order they go through K, or computed by programs that have fewer tiles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from cases import HAS_GPU, Case
 
 from lora_kernels.backends.triton import launch
-from lora_kernels.backends.triton.tiles import chip_of, one_pass_tiles
+from lora_kernels.backends.triton.tiles import chip_of, one_pass_tiles, sharers
 
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
 
@@ -21,6 +21,7 @@ def test_both_orders_of_the_sharing_tiles_give_the_same_s_and_a_right_sum(
     exact = t.x.double() @ t.weight.double().T + exact_s @ t.lora_B.double().T
     M, K, N, rank = sizes
     tiles = one_pass_tiles(chip_of(device), DTYPE.itemsize, False, M, N)
+    monkeypatch.setattr(launch, "sharers", lambda *sizes: (1, 0))
     plan = launch.plan_one_pass(M, K, N, rank, "native", tiles, chip_of(device).multiprocessors)
     assert plan.k_parts > 1, "nothing is shared out: the orders do not differ"
     found = []
@@ -32,3 +33,38 @@ def test_both_orders_of_the_sharing_tiles_give_the_same_s_and_a_right_sum(
         found.append(s)
     assert torch.equal(*found)
     assert float((found[0].double() - exact_s).norm() / exact_s.norm()) < 4e-3
+
+
+@pytest.mark.parametrize("own", [1, 3, 4])
+@pytest.mark.parametrize("k_parts", [1, 3])
+@pytest.mark.parametrize("sizes", [(100, 130, 100, 16), (70, 200, 40, 70), (5, 40, 33, 8)])
+def test_s_is_right_whichever_programs_compute_it(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, sizes: tuple[int, int, int, int], k_parts: int, own: int
+) -> None:
+    t = Case(*sizes, DTYPE).tensors(device)
+    exact_s = 2.0 * t.x.double() @ t.lora_A.double().T
+    exact = t.x.double() @ t.weight.double().T + exact_s @ t.lora_B.double().T
+    monkeypatch.setattr(launch, "sharers", lambda *sizes: (k_parts, own))
+    monkeypatch.setattr(launch, "_launches", {})
+    found = [
+        launch.one_pass(
+            t.x, t.weight.T, t.lora_A.T, t.lora_B.T, None, 2.0, None, True, "native", programs=4, spin_limit=limit
+        )
+        for limit in (launch.SPIN_LIMIT, 0)
+    ]
+    for y, s in found:
+        assert float((y.double() - exact).norm() / exact.norm()) < 4e-3
+        assert float((s.double() - exact_s).norm() / exact_s.norm()) < 4e-3
+        assert torch.equal(y, found[0][0])
+        assert torch.equal(s, found[0][1])
+
+
+def test_programs_compute_s_on_their_own_where_enough_of_them_have_fewer_tiles() -> None:
+    # Tiles of 8192 x 4096, of 2048 x 4096, and of 512 x 1024 in 64 x 128, whose many idle programs split K as well.
+    assert sharers(132, 64, 16, 64, 1) == (1, 32)
+    assert sharers(132, 16, 16, 64, 1) == (1, 8)
+    assert sharers(132, 8, 8, 16, 1) == (8, 68)
+    # Too few; none; too many chunks of the rank.
+    assert sharers(132, 64, 8, 64, 1) == (1, 0)
+    assert sharers(128, 64, 16, 64, 1) == (1, 0)
+    assert sharers(132, 64, 16, 64, 2) == (1, 0)

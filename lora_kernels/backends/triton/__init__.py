@@ -47,7 +47,7 @@ def _describe(problem: Problem) -> str | None:
         f"{t.block_m}x{t.block_n}x{t.block_k}" for t in candidates(chip, problem.dtype.itemsize, use_tma)
     )
     path = "TMA descriptors" if use_tma else "pointers"
-    backward = "one" if backward_launch.is_for_one_launch(problem.device, problem.precision) else "two"
+    backward = "one" if backward_launch.is_for_one_launch(problem.device, problem.rank) else "two"
     nf4 = f"; {nf4_tiles.describe(chip, problem.dtype, problem.in_features)}" if problem.nf4 else ""
     return f"one launch forward, {backward} backward; {path}; tiles by M from {tiles}{nf4}"
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.pieces import in_parts, keep_tile, sum_of_parts
+from lora_kernels.backends.triton.pieces import aligned, in_parts, keep_tile, sum_of_parts
 
 
 @triton.jit
@@ -102,10 +102,10 @@ def reduce_task(block, part, chunk, blocks, x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr,
 def adapter_grads_kernel(
     x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr, workspace_ptr, sync_ptr, seed_ptr, threshold,
     M, K, N, R, stride_xm, stride_dym, rows_per_part, parts,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, RANK_ALIGN: tl.constexpr,
     WANT_A: tl.constexpr, WANT_B: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The grid is (column blocks of x and then of dy, parts of M, chunks of the rank)."""
+    """The grid is (column blocks of x and then of dy, parts of M, chunks of the rank); RANK_ALIGN divides R."""
     reduce_task(tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0), x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr,
-                dB_ptr, workspace_ptr, sync_ptr, seed_ptr, threshold, M, K, N, R, stride_xm, stride_dym, rows_per_part, parts,
+                dB_ptr, workspace_ptr, sync_ptr, seed_ptr, threshold, M, K, N, aligned(R, RANK_ALIGN), stride_xm, stride_dym, rows_per_part, parts,
                 BLOCK_M, BLOCK_C, BLOCK_R, WANT_A, WANT_B, MASKED, PRECISION)  # fmt: skip

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from lora_kernels.backends.triton.adapter_grads import reduce_task
 from lora_kernels.backends.triton.one_pass import all_tiles, counters_of_tiles, put_back
+from lora_kernels.backends.triton.pieces import aligned
 from lora_kernels.backends.triton.sharing import all_ready
 
 # What a program does when it has no tile left.
@@ -27,15 +28,15 @@ _OF_A = tl.constexpr(2)
 _LEAVE = tl.constexpr(3)
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "n_parts", "shares", "dy_stays", "rows_per_part", "parts"])
+@triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "n_parts", "shares", "sharers", "dy_stays", "rows_per_part", "parts"])
 def backward_kernel(
     dy_ref, w_ref, dx_ref, lora_b_ptr, lora_a_ptr, t_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr,
     x_ptr, dy_ptr, s_ptr, dA_ptr, dB_ptr,
-    scale, threshold, spin_limit, M, N, K, R, n_parts, shares, dy_stays, rows_per_part, parts,
+    scale, threshold, spin_limit, M, N, K, R, n_parts, shares, sharers, dy_stays, rows_per_part, parts,
     stride_dym, stride_w, stride_xm, stride_bn, stride_br, stride_ar, stride_ak,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
+    GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr,
+    ALONE: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
     WANT_A: tl.constexpr, WANT_B: tl.constexpr, GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], dy [M, N], the weight as [N, K] or, if W_IS_NK, as [K, N]; T and S [M, R] contiguous.
@@ -44,8 +45,8 @@ def backward_kernel(
     sync_ptr holds zeros: those of all_tiles, the parts of dB and of dA that were taken, and those of reduce_task.
     """
     all_tiles(dy_ref, w_ref, dx_ref, lora_b_ptr, lora_a_ptr, None, t_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr, scale,
-              threshold, spin_limit, M, K, N, R, n_parts, shares, dy_stays, stride_dym, stride_w, K, stride_bn, stride_br,
-              stride_ar, stride_ak, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RANK_CHUNKS, W_IS_NK, False,
+              threshold, spin_limit, M, K, N, R, n_parts, shares, sharers, dy_stays, stride_dym, stride_w, K, stride_bn, stride_br,
+              stride_ar, stride_ak, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN, DOWN_ALIGN, ALONE, W_IS_NK, False,
               MASKED, False, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
 
     row_tiles = tl.cdiv(M, BLOCK_M)
@@ -81,7 +82,7 @@ def backward_kernel(
             own = tl.where(is_b, blocks - blocks_a, blocks_a)
             block = within % own + tl.where(is_b, blocks_a, 0)
             reduce_task(block, parts - 1 - within // own, chunk, blocks, x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr,
-                        sums_ptr, taken_ptr + 2, seed_ptr, threshold, M, K, N, R, stride_xm, stride_dym, rows_per_part,
+                        sums_ptr, taken_ptr + 2, seed_ptr, threshold, M, K, N, aligned(R, RANK_ALIGN), stride_xm, stride_dym, rows_per_part,
                         parts, GRAD_M, GRAD_C, BLOCK_R, WANT_A, WANT_B, MASKED, PRECISION, GRAD_STAGES)  # fmt: skip
         if state == _LEAVE:
             if not counted:

@@ -10,7 +10,7 @@ from lora_kernels.backends import Precision, Scale
 from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.backward import backward_kernel
-from lora_kernels.backends.triton.launch import SPIN_LIMIT, Settled, dot_precision, one_pass, settle
+from lora_kernels.backends.triton.launch import SPIN_LIMIT, Settled, divisor, dot_precision, one_pass, settle, stays
 from lora_kernels.backends.triton.launches import Launch, alignment, remember
 from lora_kernels.backends.triton.tiles import (
     INTERPRETER,
@@ -108,6 +108,7 @@ def _plan_adapter_grads(
         "BLOCK_M": tiles.block_m,
         "BLOCK_C": tiles.block_c,
         "BLOCK_R": block_r,
+        "RANK_ALIGN": divisor(R),
         "WANT_A": want_a,
         "WANT_B": want_b,
         "MASKED": masked,
@@ -160,7 +161,7 @@ def backward(
         return dx, *adapter_grads(x, dy, s, None if x is None else t, dropout, dtype)
     (M, N), (R, K), device = dy.shape, lora_A.shape, dy.device
     dx = torch.empty(M, K, dtype=dy.dtype, device=device)
-    t = torch.empty(M, R, dtype=dy.dtype, device=device)
+    t = torch.empty(M, R, dtype=torch.float32 if precision == "split" else dy.dtype, device=device)
     dA = None if x is None else torch.empty(R, K, dtype=dtype, device=device)
     dB = None if s is None else torch.empty(N, R, dtype=dtype, device=device)
     workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
@@ -187,7 +188,7 @@ def _backward_launch(
     forced: tuple[OnePassTiles | None, int, int | None],
 ) -> Launch | None:
     """The one launch that backward makes for arguments like these, planned where there was none before."""
-    if dy.shape[0] == 0 or not is_for_one_launch(dy.device, precision):
+    if dy.shape[0] == 0 or not is_for_one_launch(dy.device, lora_A.shape[0]):
         return None
     key = (
         dy.device, dy.dtype, precision, dtype, dy.shape, dy.stride(0), weight.shape, weight.stride(), lora_B.stride(),
@@ -197,18 +198,20 @@ def _backward_launch(
     )  # fmt: skip
     if key not in _whole:
         tiles, spin_limit, programs = forced
-        chosen = settle(dy, weight, lora_B, lora_A, dropout is not None, precision, tiles, programs)
+        # Programs that have fewer tiles have dA and dB to do; T as well only where L2 holds dy.
+        alone = dropout is None and precision != "split" and stays(dy)
+        chosen = settle(dy, weight, lora_B, lora_A, dropout is not None, precision, alone, tiles, programs)
         # Without shares T is complete when all tiles are: dA would be the last program's alone.
-        shared = chosen.plan.shares > 0
+        shared = chosen.plan.shared
         launch = _plan_backward(chosen, dy, lora_A, lora_B, x, s, scale, dropout, dtype, spin_limit, programs)
         remember(_whole, key, launch if shared else None)
     return _whole[key]
 
 
-def is_for_one_launch(device: torch.device, precision: Precision) -> bool:
-    """Where one launch was measured to be as fast as two at least: on Hopper, but for adapters in halves."""
+def is_for_one_launch(device: torch.device, rank: int) -> bool:
+    """Where one launch was measured to be faster than two: on Hopper, up to rank 32."""
     chip = chip_of(device)
-    return precision != "split" and (chip.has_tma or chip == INTERPRETER)
+    return rank <= 32 and (chip.has_tma or chip == INTERPRETER)
 
 
 def _plan_backward(
@@ -240,6 +243,7 @@ def _plan_backward(
         R,
         plan.k_parts,
         plan.shares,
+        plan.sharers,
         int(plan.x_stays),
         rows_per_part,
         parts,

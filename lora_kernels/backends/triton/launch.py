@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from lora_kernels.backends.triton.tiles import (
     one_pass_tiles,
     rank_block,
     share_out,
+    sharers,
 )
 from lora_kernels.dropout import Dropout
 
@@ -41,7 +43,13 @@ class OnePassPlan:
     rank_chunks: int
     k_parts: int
     shares: int
+    sharers: int
     x_stays: bool
+
+    @property
+    def shared(self) -> bool:
+        """Whether S is computed in shares at all, and not by every tile."""
+        return self.shares + self.sharers > 0
 
     @property
     def workspace_size(self) -> int:
@@ -53,14 +61,20 @@ class OnePassPlan:
 
 
 def plan_one_pass(
-    M: int, K: int, N: int, R: int, precision: Precision, tiles: OnePassTiles, programs: int
+    M: int, K: int, N: int, R: int, precision: Precision, tiles: OnePassTiles, programs: int, alone: bool = True
 ) -> OnePassPlan:
+    """The plan for a product [M, K] x [K, N]. alone: whether S may be computed by programs that have fewer tiles."""
     row_tiles, column_tiles = triton.cdiv(M, tiles.block_m), triton.cdiv(N, tiles.block_n)
     block_r = rank_block(R, precision)
     chunks = triton.cdiv(R, block_r)
-    programs = min(programs, row_tiles * column_tiles)
-    k_parts, shares = share_out(programs, row_tiles, column_tiles, triton.cdiv(K, tiles.block_k), chunks)
-    return OnePassPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares, M * K <= NUMBERS_THAT_STAY)
+    k_tiles = triton.cdiv(K, tiles.block_k)
+    k_parts, shares = share_out(programs, row_tiles, column_tiles, k_tiles, chunks)
+    k_parts_alone, own = sharers(programs, row_tiles, column_tiles, k_tiles, chunks) if alone else (1, 0)
+    if own:
+        k_parts, shares = k_parts_alone, 0
+    else:
+        programs = min(programs, row_tiles * column_tiles)
+    return OnePassPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares, own, M * K <= NUMBERS_THAT_STAY)
 
 
 _launches: dict[tuple[object, ...], Launch] = {}
@@ -155,17 +169,20 @@ def _plan_launch(
 ) -> Launch:
     (M, K), N, R = left.shape, weight.shape[1], down.shape[1]
     mask_out = dropout is not None and not mask_left
-    chosen = settle(left, weight, down, up, mask_out, precision, tiles, programs)
+    # Drawing a mask, and products of halves, take the few programs too long.
+    alone = dropout is None and precision != "split"
+    chosen = settle(left, weight, down, up, mask_out, precision, alone, tiles, programs)
     plan = chosen.plan
     numbers = (
         0 if dropout is None else dropout.threshold,
-        spin_limit if plan.shares else 0,
+        spin_limit if plan.shared else 0,
         M,
         N,
         K,
         R,
         plan.k_parts,
         plan.shares,
+        plan.sharers,
         int(plan.x_stays),
         left.stride(0),
         chosen.weight_stride,
@@ -209,8 +226,9 @@ def settle(
     up: Tensor,
     mask_out: bool,
     precision: Precision,
-    tiles: OnePassTiles | None = None,
-    programs: int | None = None,
+    alone: bool,
+    tiles: OnePassTiles | None,
+    programs: int | None,
 ) -> Settled:
     """The plan of out = left weight + S up and S = left down, and how a kernel is compiled for it."""
     (M, K), N, R, device, dtype = left.shape, weight.shape[1], down.shape[1], left.device, left.dtype
@@ -220,7 +238,7 @@ def settle(
     use_tma = fits_tma(left) and fits_tma(stored_w) and out_rows_align
     chip = chip_of(device)
     tiles = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
-    plan = plan_one_pass(M, K, N, R, precision, tiles, programs or chip.multiprocessors)
+    plan = plan_one_pass(M, K, N, R, precision, tiles, programs or chip.multiprocessors, alone)
     options = {
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
@@ -228,6 +246,9 @@ def settle(
         "BLOCK_R": plan.rank_block,
         "GROUP_M": tiles.group_m,
         "RANK_CHUNKS": plan.rank_chunks,
+        "RANK_ALIGN": divisor(R),
+        "DOWN_ALIGN": divisor(down.stride(0)),
+        "ALONE": plan.sharers > 0,
         "W_IS_NK": w_is_nk,
         "SPLIT": precision == "split",
         "PRECISION": dot_precision(dtype),
@@ -243,10 +264,20 @@ def settle(
         w_block = (tiles.block_n, tiles.block_k) if w_is_nk else (tiles.block_k, tiles.block_n)
         blocks = ((tiles.block_m, tiles.block_k), w_block, (tiles.block_m, tiles.block_n // 2))
     kind = (
-        device, dtype, precision, K, N, R, tiles, w_is_nk, left.stride(0), stored_w.stride(0), down.stride(), up.stride(),
+        device, dtype, precision, K, N, R, tiles, plan.sharers > 0, w_is_nk, left.stride(0), stored_w.stride(0), down.stride(), up.stride(),
         down.dtype, alignment(left, stored_w, down, up),
     )  # fmt: skip
     return Settled(plan, stored_w.stride(0), options, blocks, kind)
+
+
+def stays(left: Tensor) -> bool:
+    """Whether L2 holds a matrix while its product is computed."""
+    return left.numel() <= NUMBERS_THAT_STAY
+
+
+def divisor(number: int) -> int:
+    """What divides a number, 8 at most: of 16-bit numbers as many as one load takes."""
+    return math.gcd(8, number)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

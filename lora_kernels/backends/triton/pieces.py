@@ -27,6 +27,12 @@ def keep_tile(seed_ptr, row0, column0, threshold, BLOCK_M: tl.constexpr, BLOCK_C
 
 
 @triton.jit
+def aligned(number, divisor: tl.constexpr):
+    """`number`, of which the compiler now knows that `divisor` divides it."""
+    return number // divisor * divisor
+
+
+@triton.jit
 def beside(left, right):
     """[X, Y] and [X, Y] to [X, 2 Y], their columns interleaved."""
     return tl.reshape(tl.join(left, right), (left.shape[0], 2 * left.shape[1]))

@@ -55,10 +55,10 @@ def part_bounds(part, k_parts, k_tiles):
 @triton.jit
 def compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, row0, r0, first, last, M, K, R, seed_ptr, threshold,
                   BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, MASK_X: tl.constexpr,
-                  SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+                  SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One share of S on its own, for whoever cannot have it from a main loop."""
     s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for ki in tl.range(first, last, num_stages=1):
+    for ki in tl.range(first, last, num_stages=STAGES):
         x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
         s = add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, r0, K, R, s, row0, seed_ptr, threshold,
                      BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
@@ -166,7 +166,7 @@ def compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R
             first, last = part_bounds(part, k_parts, k_tiles)
             s += compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, pid_m * BLOCK_M, chunk * BLOCK_R,
                                first, last, M, K, R, seed_ptr, threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT,
-                               PRECISION, USE_TMA)  # fmt: skip
+                               PRECISION, USE_TMA, 1)  # fmt: skip
         address, mask = s_addresses(s_ptr, stride_sm, pid_m * BLOCK_M, chunk * BLOCK_R, M, R, BLOCK_M, BLOCK_R)
         tl.store(address, (s * scale).to(s_ptr.dtype.element_ty), mask)
 

@@ -170,6 +170,21 @@ def share_out(
     return parts, parts * rank_chunks
 
 
+def sharers(
+    programs: int, row_tiles: int, column_tiles: int, k_tiles: int, rank_chunks: int
+) -> tuple[int, int]:
+    """(parts of K that a chunk of S is summed from, programs that compute S before their first tile, if any).
+
+    Those that have a tile less than others, if they are done when the others are done with one: a step of a share, which
+    waits for X alone, takes about half as long as a tile's.
+    """
+    spare = programs - row_tiles * column_tiles % programs
+    items = row_tiles * rank_chunks
+    if spare == programs or items > 2 * spare:
+        return 1, 0
+    return max(1, min(spare // items, MAX_PARTS, k_tiles)), spare
+
+
 def group_share_out(
     programs: int, row_tiles: int, column_tiles: int, steps: Sequence[int], rank_chunks: int
 ) -> tuple[tuple[int, ...], int]:
