@@ -15,7 +15,7 @@ constexpr int64_t kMostTokens = 16;
 constexpr int kStages = 3;
 
 // Beside its dynamic memory a block has a map of scales, and beside itself one of nf4_down_kernel.
-int shared_bytes(const OnePass& problem, const StreamPlan& plan) {
+int64_t shared_bytes(const OnePass& problem, const StreamPlan& plan) {
   return x_bytes(plan, problem.M) + ring_bytes<kStages>(plan) + 2048 + 10240;
 }
 

@@ -18,8 +18,8 @@ constexpr int kRowBytes = kSlice / 2, kTileBytes = kRows * kRowBytes;
 constexpr int kTokenBytes = kSlice * 2;
 
 // In shared memory a block has its part of X, and for each warp the tiles under way, that in use among them.
-__host__ __device__ inline int x_bytes(const StreamPlan& plan, int64_t tokens) {
-  return plan.slices * static_cast<int>(tokens) * kTokenBytes;
+__host__ __device__ inline int64_t x_bytes(const StreamPlan& plan, int64_t tokens) {
+  return plan.slices * tokens * kTokenBytes;
 }
 template <int kStages>
 __host__ __device__ inline int ring_bytes(const StreamPlan& plan) {

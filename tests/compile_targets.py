@@ -65,8 +65,10 @@ def _usage(build: Build, compiled: Any, log: str) -> tuple[int, int, str]:
         assert found is not None, usage
         serialized = ""
         # Those of NF4 weights may be serialized: decoding takes longer, and other programs fill the gaps.
-        # Pointer loads keep the products waiting anyway.
-        if build.capability == 90 and build.kernel != "nf4_product" and getattr(build.tiles, "use_tma", True):
+        # Pointer loads keep the products waiting anyway, as do float32 rows that are turned in registers.
+        turned_in_registers = isinstance(build.tiles, GradTiles) and build.dtype == "fp32"
+        may_wait = build.kernel == "nf4_product" or not getattr(build.tiles, "use_tma", True) or turned_in_registers
+        if build.capability == 90 and not may_wait:
             # Products that ptxas cannot overlap cost a third of the speed; it says so, and nothing else does.
             if not log:
                 ptx.write_text(compiled.asm["ptx"])

@@ -43,7 +43,7 @@ class Build:
     """One kernel, as the launcher would ask for it.
 
     turned: the weight is stored as [K, N], and not as [N, K]. ieee: float32 products are without TF32. alone: S is
-    computed by programs that have fewer tiles. want_h: of a gated MLP's backward.
+    computed by programs that have fewer tiles, if there are no masks and no halves. want_h: of a gated MLP's backward.
     """
 
     capability: int
@@ -100,7 +100,7 @@ def tile_builds(capability: int) -> Iterator[Build]:
     for tiles in sorted(tables, key=str):
         for forward in (True, False):
             plain = Build(capability, "one_pass", tiles, forward)
-            yield plain
+            yield from (plain, replace(plain, alone=False))
             # Compiling takes its time: the kernels of 89 are those of 86, and in the tiles that both hold, those of 80.
             if capability == 89 or (capability == 86 and tiles in candidates(chip_of(80), 2, False)):
                 continue
@@ -112,7 +112,7 @@ def tile_builds(capability: int) -> Iterator[Build]:
                 yield from group_builds(plain)
             if tiles.use_tma and not forward:
                 whole = replace(plain, kernel="backward")
-                yield from (whole, replace(whole, rank=64), replace(whole, masked=True, rank=64))
+                yield from (whole, replace(whole, alone=False), replace(whole, masked=True, rank=32))
     yield Build(capability, "adapter_grads", grad_tiles(chip, 2), rank=64)
     yield Build(capability, "adapter_grads", grad_tiles(chip, 2), masked=True, precision="split", rank=64)
     for masked, rank in ((False, 16), (True, 64)):

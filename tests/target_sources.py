@@ -87,7 +87,7 @@ def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "RANK_CHUNKS": -(-build.rank // block_r),
         "RANK_ALIGN": 8,
         "DOWN_ALIGN": 1 if build.forward else 8,
-        "ALONE": build.alone,
+        "ALONE": build.alone and not build.masked and build.precision != "split",
         "W_IS_NK": build.forward != build.turned,
         "MASK_X": build.masked and build.forward,
         "MASK_OUT": mask_out,

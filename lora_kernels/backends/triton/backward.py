@@ -28,7 +28,11 @@ _OF_A = tl.constexpr(2)
 _LEAVE = tl.constexpr(3)
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "n_parts", "shares", "sharers", "dy_stays", "rows_per_part", "parts"])
+@triton.jit(
+    do_not_specialize=[
+        "M", "threshold", "spin_limit", "n_parts", "shares", "sharers", "dy_stays", "rows_per_part", "parts",
+    ]
+)  # fmt: skip
 def backward_kernel(
     dy_ref, w_ref, dx_ref, lora_b_ptr, lora_a_ptr, t_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr,
     x_ptr, dy_ptr, s_ptr, dA_ptr, dB_ptr,
@@ -36,7 +40,8 @@ def backward_kernel(
     stride_dym, stride_w, stride_xm, stride_bn, stride_br, stride_ar, stride_ak,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr,
-    ALONE: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
+    ALONE: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
     WANT_A: tl.constexpr, WANT_B: tl.constexpr, GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], dy [M, N], the weight as [N, K] or, if W_IS_NK, as [K, N]; T and S [M, R] contiguous.
@@ -45,9 +50,9 @@ def backward_kernel(
     sync_ptr holds zeros: those of all_tiles, the parts of dB and of dA that were taken, and those of reduce_task.
     """
     all_tiles(dy_ref, w_ref, dx_ref, lora_b_ptr, lora_a_ptr, None, t_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr, scale,
-              threshold, spin_limit, M, K, N, R, n_parts, shares, sharers, dy_stays, stride_dym, stride_w, K, stride_bn, stride_br,
-              stride_ar, stride_ak, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN, DOWN_ALIGN, ALONE, W_IS_NK, False,
-              MASKED, False, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
+              threshold, spin_limit, M, K, N, R, n_parts, shares, sharers, dy_stays, stride_dym, stride_w, K, stride_bn,
+              stride_br, stride_ar, stride_ak, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN,
+              DOWN_ALIGN, ALONE, W_IS_NK, False, MASKED, False, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
 
     row_tiles = tl.cdiv(M, BLOCK_M)
     sums_ptr = workspace_ptr + row_tiles.to(tl.int64) * (n_parts * RANK_CHUNKS) * (BLOCK_M * BLOCK_R)
@@ -57,7 +62,7 @@ def backward_kernel(
     blocks = blocks_a + (tl.cdiv(N, GRAD_C) if WANT_B else 0)
     tasks_b = (blocks - blocks_a) * RANK_CHUNKS * parts
     tasks = blocks * RANK_CHUNKS * parts
-    state = 0
+    state = _OF_B
     counted = False
     last = False
     while state != _LEAVE:
@@ -66,13 +71,13 @@ def backward_kernel(
             task = tl.atomic_add(taken_ptr, 1, sem="relaxed")
             if task >= tasks_b:
                 task = tasks
-                state = 1
+                state = _LOOK_AT_T
         if state == _LOOK_AT_T:
             state = tl.where(all_ready(sync_ptr + 1, chunks_of_t, spin_limit), _OF_A, _LEAVE)
         if state == _OF_A:
             task = tasks_b + tl.atomic_add(taken_ptr + 1, 1, sem="relaxed")
             if task >= tasks:
-                state = 3
+                state = _LEAVE
         if task < tasks:
             # Neighbours in memory are read at about the same time, and first the rows that dx has read last.
             is_b = task < tasks_b
@@ -82,8 +87,8 @@ def backward_kernel(
             own = tl.where(is_b, blocks - blocks_a, blocks_a)
             block = within % own + tl.where(is_b, blocks_a, 0)
             reduce_task(block, parts - 1 - within // own, chunk, blocks, x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr,
-                        sums_ptr, taken_ptr + 2, seed_ptr, threshold, M, K, N, aligned(R, RANK_ALIGN), stride_xm, stride_dym, rows_per_part,
-                        parts, GRAD_M, GRAD_C, BLOCK_R, WANT_A, WANT_B, MASKED, PRECISION, GRAD_STAGES)  # fmt: skip
+                        sums_ptr, taken_ptr + 2, seed_ptr, threshold, M, K, N, aligned(R, RANK_ALIGN), stride_xm, stride_dym,
+                        rows_per_part, parts, GRAD_M, GRAD_C, BLOCK_R, WANT_A, WANT_B, MASKED, PRECISION, GRAD_STAGES)  # fmt: skip
         if state == _LEAVE:
             if not counted:
                 counted = True
@@ -91,6 +96,6 @@ def backward_kernel(
                 tl.debug_barrier()
                 last = tl.atomic_add(sync_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
                 if last:
-                    state = 2
+                    state = _OF_A
     if last:
         put_back(sync_ptr, counters_of_tiles(M, BLOCK_M, RANK_CHUNKS) + 2)
