@@ -131,7 +131,8 @@ def compiled_variants() -> int:
     return len(one_pass_kernel.device_caches[torch.cuda.current_device()][0])
 
 
-def test_a_new_batch_size_compiles_nothing() -> None:
+def test_a_new_batch_size_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the other of the two ways to compute S, once each."""
     tiles = one_pass_tiles(chip_of(torch.device("cuda", 0)), 2, True, 4096, 512)
     module, x = layer(), torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16)
 
@@ -140,7 +141,11 @@ def test_a_new_batch_size_compiles_nothing() -> None:
         launch.one_pass(left, module.weight.T, module.lora_A.T, module.lora_B.T, None, 2.0, None, True, "native",
                         tiles=tiles)  # fmt: skip
 
-    call(4096)
+    for own in (0, 3):
+        monkeypatch.setattr(launch, "sharers", lambda *sizes, own=own: (1, own))
+        monkeypatch.setattr(launch, "_launches", {})
+        call(4096)
+    monkeypatch.undo()
     before = compiled_variants()
     for rows in (1, 2, 15, 16, 17, 128, 333, 1000, 2048, 4095):
         call(rows)

@@ -86,10 +86,12 @@ def _rehearse_backward(
     dropout: Dropout | None,
     precision: Precision,
 ) -> None:
-    """The launches of a backward with every gradient."""
+    """The launches of a backward with every gradient: at once, and as a gated MLP has them, dx before x is there again."""
     (M, _), (N, R) = x.shape, lora_B.shape
-    s = x.new_empty(M, R, dtype=torch.float32 if precision == "split" else x.dtype)
-    backward(x.new_empty(M, N), weight, lora_A, lora_B, x, s, scale, dropout, precision, lora_A.dtype)
+    dy, s = x.new_empty(M, N), x.new_empty(M, R, dtype=torch.float32 if precision == "split" else x.dtype)
+    backward(dy, weight, lora_A, lora_B, x, s, scale, dropout, precision, lora_A.dtype)
+    _, t = backward_input(dy, weight, lora_A, lora_B, scale, dropout, precision, True)
+    backward_launch.adapter_grads(x, dy, s, t, dropout, lora_A.dtype)
 
 
 def _strided(weight: Tensor) -> Tensor:
