@@ -100,7 +100,7 @@ def tile_builds(capability: int) -> Iterator[Build]:
     for tiles in sorted(tables, key=str):
         for forward in (True, False):
             plain = Build(capability, "one_pass", tiles, forward)
-            yield from (plain, replace(plain, alone=False))
+            yield plain
             # Compiling takes its time: the kernels of 89 are those of 86, and in the tiles that both hold, those of 80.
             if capability == 89 or (capability == 86 and tiles in candidates(chip_of(80), 2, False)):
                 continue
@@ -110,9 +110,10 @@ def tile_builds(capability: int) -> Iterator[Build]:
                 yield replace(plain, precision="split", aligned=False)
             if tiles.use_tma or capability in (80, 86):
                 yield from group_builds(plain)
+            if tiles.use_tma:
+                yield replace(plain, alone=False)
             if tiles.use_tma and not forward:
-                whole = replace(plain, kernel="backward")
-                yield from (whole, replace(whole, alone=False), replace(whole, masked=True, rank=32))
+                yield replace(plain, kernel="backward")
     yield Build(capability, "adapter_grads", grad_tiles(chip, 2), rank=64)
     yield Build(capability, "adapter_grads", grad_tiles(chip, 2), masked=True, precision="split", rank=64)
     for masked, rank in ((False, 16), (True, 64)):
@@ -173,7 +174,8 @@ def scarce_variants(capability: int, widest: OnePassTiles, wide_fp32: OnePassTil
         yield Build(capability, "one_pass", wide_fp32, forward, dtype="fp32", ieee=True)
         if not forward:
             whole = Build(capability, "backward", widest, forward)
-            yield from (replace(whole, precision="rounded"), replace(whole, dtype="fp16", turned=True))
+            yield from (replace(whole, alone=False), replace(whole, masked=True, rank=32))
+            yield replace(whole, dtype="fp16", turned=True, precision="rounded")
             yield replace(whole, tiles=wide_fp32, dtype="fp32")
         group = Build(capability, "group_forward" if forward else "group_input", widest, forward, members=2)
         yield replace(group, precision="rounded")
