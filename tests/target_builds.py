@@ -196,6 +196,8 @@ def amd_builds() -> Iterator[Build]:
     tiles, *_ = candidates(chip_of(GFX942), 2, False)
     for forward in (True, False):
         yield Build(GFX942, "one_pass", tiles, forward, masked=True, rank=64)
+    (wide_fp32,) = candidates(chip_of(GFX942), 4, False)
+    yield Build(GFX942, "one_pass", wide_fp32, dtype="fp32", rank=64)
     yield Build(GFX942, "group_input", tiles, forward=False, members=2)
     yield Build(GFX942, "adapter_grads", grad_tiles(chip_of(GFX942), 2))
     yield Build(GFX942, "dequantize", DEQUANTIZE)

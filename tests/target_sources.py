@@ -20,7 +20,7 @@ from lora_kernels.backends.triton.group_operands import up_block
 from lora_kernels.backends.triton.nf4 import dequantize_kernel
 from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
-from lora_kernels.backends.triton.tiles import rank_block, tail_grad_tiles
+from lora_kernels.backends.triton.tiles import rank_block, share_stages, tail_grad_tiles
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 KERNELS = {
@@ -88,6 +88,7 @@ def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "RANK_ALIGN": 8,
         "DOWN_ALIGN": 1 if build.forward else 8,
         "ALONE": build.alone and not build.masked and build.precision != "split",
+        "SHARE_STAGES": share_stages(tiles, block_r),
         "W_IS_NK": build.forward != build.turned,
         "MASK_X": build.masked and build.forward,
         "MASK_OUT": mask_out,

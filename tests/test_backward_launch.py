@@ -151,3 +151,54 @@ def test_a_layer_takes_it(dropout: float, device: torch.device, monkeypatch: pyt
     monkeypatch.setattr(backward_launch, "is_for_one_launch", lambda device, rank: True)
     for value, wanted in zip(gradients("triton"), expected, strict=True):
         assert relative_error(value, wanted) < 6e-3
+
+
+def test_a_row_of_stride_0_is_no_missing_x(device: torch.device) -> None:
+    """One row of an expanded tensor: its stride equals False, and so would their keys."""
+    t = Case(1, 48, 40, 8, HALF).tensors(device)
+    x = t.x.expand(5, 48)[:1]
+    assert x.stride(0) == 0
+
+    def grads(left: torch.Tensor | None) -> Gradients:
+        s = torch.ones(1, 8, dtype=HALF, device=device)
+        return backward_launch.backward(
+            t.dy, t.weight, t.lora_A, t.lora_B, left, s, 2.0, None, "native", HALF
+        )
+
+    exact = (2.0 * t.dy.double() @ t.lora_B.double()).T @ t.x.double()
+    for left in (None, x, None, x):
+        dA = grads(left)[1]
+        assert (dA is None) == (left is None)
+        assert dA is None or relative_error(dA, exact) < 4e-3
+
+
+def test_a_dropout_that_rounds_to_nothing_is_not_none(device: torch.device) -> None:
+    """Its threshold is 0, which equals False: training with it and evaluation have kernels of their own."""
+    case = Case(33, 48, 40, 8, HALF, dropout=1e-6)
+    masked, plain = Problem(case, device), Problem(replace(case, dropout=0.0), device)
+    assert masked.dropout is not None
+    assert masked.dropout.threshold == 0
+    for problem in (masked, plain, masked, plain):
+        for value, exact in zip(problem.backward(), problem.exact, strict=True):
+            assert value is not None
+            assert relative_error(value, exact) < 4e-3
+        y, _ = launch.one_pass(
+            problem.t.x, problem.t.weight.T, problem.t.lora_A.T, problem.t.lora_B.T, None, 2.0, problem.dropout, True,
+            "native",
+        )  # fmt: skip
+        exact_y = problem.t.x.double() @ problem.t.weight.double().T
+        exact_y += 2.0 * problem.t.x.double() @ problem.t.lora_A.double().T @ problem.t.lora_B.double().T
+        assert relative_error(y, exact_y) < 4e-3
+
+
+def test_another_thread_may_empty_the_cache(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    remember = backward_launch.remember
+
+    def remembered_and_forgotten(memory: dict[tuple[object, ...], object], *entry: object) -> None:
+        remember(memory, *entry)  # type: ignore[arg-type]
+        memory.clear()
+
+    monkeypatch.setattr(backward_launch, "remember", remembered_and_forgotten)
+    monkeypatch.setattr(backward_launch, "_whole", {})
+    problem = Problem(CASES[0], device)
+    assert relative_error(problem.backward()[0], problem.exact[0]) < 4e-3

@@ -7,7 +7,7 @@ import torch
 from cases import HAS_GPU, Case
 
 from lora_kernels.backends.triton import launch
-from lora_kernels.backends.triton.tiles import chip_of, one_pass_tiles, sharers
+from lora_kernels.backends.triton.tiles import OnePassTiles, chip_of, one_pass_tiles, share_stages, sharers
 
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
 
@@ -68,3 +68,14 @@ def test_programs_compute_s_on_their_own_where_enough_of_them_have_fewer_tiles()
     assert sharers(132, 64, 8, 64, 1) == (1, 0)
     assert sharers(128, 64, 16, 64, 1) == (1, 0)
     assert sharers(132, 64, 16, 64, 2) == (1, 0)
+
+
+def test_the_loop_over_x_and_d_takes_no_more_memory_than_the_main_loop() -> None:
+    for sizes in ((128, 256, 64, 3), (256, 128, 64, 3), (64, 64, 32, 3), (64, 128, 64, 4), (32, 32, 32, 2)):
+        m, n, k, stages = sizes
+        tiles = OnePassTiles(m, n, k, 4, stages, False, 1.0)
+        for block_r in (16, 32, 64):
+            taken = share_stages(tiles, block_r)
+            assert taken == 6 or (taken + 1) * (m + block_r) > stages * (m + n)
+            assert taken >= 1
+            assert taken * (m + block_r) <= stages * (m + n)

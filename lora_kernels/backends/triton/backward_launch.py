@@ -71,7 +71,7 @@ def adapter_grads_launch(
     assert narrow is not None
     key = (
         dy.device, dy.dtype, narrow.dtype, dtype, dy.shape, dy.stride(0), narrow.shape[1],
-        x is not None and (x.shape[1], x.stride(0)), t is None, s is None, dropout is not None and dropout.threshold,
+        x is not None and (x.shape[1], x.stride(0)), t is None, s is None, None if dropout is None else dropout.threshold,
         alignment(x, dy, t, s), dot_precision(dy.dtype), tiles,
     )  # fmt: skip
     launch = _launches.get(key)
@@ -192,20 +192,24 @@ def _backward_launch(
         return None
     key = (
         dy.device, dy.dtype, precision, dtype, dy.shape, dy.stride(0), weight.shape, weight.stride(), lora_B.stride(),
-        lora_A.shape, lora_A.stride(), lora_A.dtype, x is not None and x.stride(0), s is None,
-        isinstance(scale, Tensor) and scale.dtype, dropout is not None and dropout.threshold,
+        lora_A.shape, lora_A.stride(), lora_A.dtype, None if x is None else x.stride(0), s is None,
+        isinstance(scale, Tensor) and scale.dtype, None if dropout is None else dropout.threshold,
         alignment(dy, weight, lora_B, lora_A, x, s), dot_precision(dy.dtype), forced,
     )  # fmt: skip
-    if key not in _whole:
-        tiles, spin_limit, programs = forced
-        # Programs that have fewer tiles have dA and dB to do; T as well only where L2 holds dy.
-        alone = dropout is None and precision != "split" and stays(dy)
-        chosen = settle(dy, weight, lora_B, lora_A, dropout is not None, precision, alone, tiles, programs)
-        # Without shares T is complete when all tiles are: dA would be the last program's alone.
-        shared = chosen.plan.shared
+    try:
+        return _whole[key]
+    except KeyError:
+        pass
+    tiles, spin_limit, programs = forced
+    # Programs that have fewer tiles have dA and dB to do; T as well only where L2 holds dy.
+    alone = dropout is None and precision != "split" and stays(dy)
+    chosen = settle(dy, weight, lora_B, lora_A, dropout is not None, precision, alone, tiles, programs)
+    launch = None
+    # Without shares T is complete when all tiles are: dA would be the last program's alone.
+    if chosen.plan.shared:
         launch = _plan_backward(chosen, dy, lora_A, lora_B, x, s, scale, dropout, dtype, spin_limit, programs)
-        remember(_whole, key, launch if shared else None)
-    return _whole[key]
+    remember(_whole, key, launch)
+    return launch
 
 
 def is_for_one_launch(device: torch.device, rank: int) -> bool:

@@ -21,6 +21,7 @@ from lora_kernels.backends.triton.tiles import (
     one_pass_tiles,
     rank_block,
     share_out,
+    share_stages,
     sharers,
 )
 from lora_kernels.dropout import Dropout
@@ -143,7 +144,7 @@ def one_pass_launch(
     key = (
         left.device, left.dtype, precision, left.shape, left.stride(0), weight.shape, weight.stride(), down.stride(),
         up.shape, up.stride(), down.dtype, bias is not None and bias.dtype, isinstance(scale, Tensor) and scale.dtype,
-        dropout is not None and dropout.threshold, mask_left, alignment(left, weight, down, up, bias),
+        None if dropout is None else dropout.threshold, mask_left, alignment(left, weight, down, up, bias),
         dot_precision(left.dtype), forced,
     )  # fmt: skip
     launch = _launches.get(key)
@@ -249,6 +250,7 @@ def settle(
         "RANK_ALIGN": divisor(R),
         "DOWN_ALIGN": divisor(down.stride(0)),
         "ALONE": plan.sharers > 0,
+        "SHARE_STAGES": share_stages(tiles, plan.rank_block),
         "W_IS_NK": w_is_nk,
         "SPLIT": precision == "split",
         "PRECISION": dot_precision(dtype),

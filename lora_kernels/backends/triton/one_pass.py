@@ -46,9 +46,6 @@ from lora_kernels.backends.triton.sharing import (
     publish,
 )
 
-# Of a share's loop, whose tiles of X are all that it waits for.
-SHARE_STAGES = tl.constexpr(6)
-
 
 @triton.jit
 def all_tiles(
@@ -57,7 +54,7 @@ def all_tiles(
     stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, ALONE: tl.constexpr,
-    W_IS_NK: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """This program's tiles of out, and its shares of S. The module's docstring says what that is and why it ends.
@@ -187,14 +184,14 @@ def one_pass_kernel(
     stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, ALONE: tl.constexpr,
-    W_IS_NK: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """The module's docstring says what it computes, all_tiles what the arguments are."""
     all_tiles(x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr, scale,
               threshold, spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays, stride_xm, stride_w, stride_om, stride_dk,
               stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN,
-              DOWN_ALIGN, ALONE, W_IS_NK, MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
+              DOWN_ALIGN, ALONE, SHARE_STAGES, W_IS_NK, MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
     tl.debug_barrier()
     if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         put_back(sync_ptr, counters_of_tiles(M, BLOCK_M, RANK_CHUNKS))

@@ -185,6 +185,11 @@ def sharers(
     return max(1, min(spare // items, MAX_PARTS, k_tiles)), spare
 
 
+def share_stages(tiles: OnePassTiles, block_r: int) -> int:
+    """Stages of the loop over X and D alone: up to six, which the main loop's shared memory has room for."""
+    return min(6, tiles.num_stages * (tiles.block_m + tiles.block_n) // (tiles.block_m + block_r))
+
+
 def group_share_out(
     programs: int, row_tiles: int, column_tiles: int, steps: Sequence[int], rank_chunks: int
 ) -> tuple[tuple[int, ...], int]:
