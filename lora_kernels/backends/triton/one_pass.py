@@ -11,12 +11,12 @@ How S gets from the tiles that have it to the tiles that need it
 S is computed in shares: one row block, one chunk of the rank, one part of K. A share is written to a workspace;
 whoever writes the last part of a chunk adds the parts in their fixed order, stores S and raises the row block's
 flag. Any tile that has finished its main loop looks at the flag and adds S U into its accumulator. Shares come first
-in every program, so nobody waits long. Whose they are depends on how many tiles there are (tiles.py):
+in every program, so nobody waits long. Whose they are depends on how many tiles there are (tiles.sharers):
 
 * Where the last wave of tiles leaves enough programs without one, these compute all of S before their first tile
   (ALONE; `sharers` of them), in the order of the tiles. They read X ahead of the others, for whom L2 then has it.
-* Elsewhere of the column tiles of one row block the first few (`shares`) each accumulate one share in
-  their own main loop: the X tile that it holds for X W serves the product with D as well.
+* Elsewhere the first few column tiles of each row block (`shares`) accumulate one share each in their main loops: the
+  X tile that a program holds for X W serves the product with D as well.
 
 Nobody waits for ever either: a tile that has looked `spin_limit` times in vain computes S itself and stores it,
 by the same instructions in the same order, so whoever stores, the bits are the same. No program therefore
@@ -60,9 +60,9 @@ def all_tiles(
     """This program's tiles of out, and its shares of S. The module's docstring says what that is and why it ends.
 
     x_ref [M, K], w_ref ([N, K] if W_IS_NK, else [K, N]) and out_ref [M, N] are TMA descriptors if USE_TMA, else
-    pointers. x_stays: whether L2 holds X. RANK_ALIGN divides R, DOWN_ALIGN stride_dk: Triton itself asks only
-    whether 16 does, and loads of D would wait for each other at rank 8. sync_ptr holds, all zero: the count of finished programs, that of complete
-    chunks of S, the same for each row block, and a count of parts for each row block and chunk.
+    pointers. x_stays: whether L2 holds X. RANK_ALIGN divides R, DOWN_ALIGN stride_dk: Triton itself asks only whether 16
+    does, and loads of D would wait for each other at rank 8. sync_ptr holds, all zero: the count of finished programs,
+    that of complete chunks of S, the same for each row block, and a count of parts for each row block and chunk.
     """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
