@@ -96,10 +96,10 @@ def group_grads_kernel(
                                       tl.cdiv(N1, BLOCK_C) if B_COUNT > 1 else 0, B_COUNT)  # fmt: skip
             column0 = (block - blocks_x - first) * BLOCK_C
             acc0 = reduce_rows(member_number(member, dy0_ptr, dy1_ptr, dy2_ptr, B_COUNT),
-                                member_number(member, stride_dy0, stride_dy1, stride_dy2, B_COUNT),
-                                member_number(member, s0_ptr, s1_ptr, s2_ptr, B_COUNT), column0, r0,
-                                member_number(member, N0, N1, N2, B_COUNT), member_number(member, RB0, RB1, RB2, B_COUNT),
-                                M, first_row, last_row, None, 0, BLOCK_M, BLOCK_C, BLOCK_R, False, PRECISION)  # fmt: skip
+                               member_number(member, stride_dy0, stride_dy1, stride_dy2, B_COUNT),
+                               member_number(member, s0_ptr, s1_ptr, s2_ptr, B_COUNT), column0, r0,
+                               member_number(member, N0, N1, N2, B_COUNT), member_number(member, RB0, RB1, RB2, B_COUNT),
+                               M, first_row, last_row, None, 0, BLOCK_M, BLOCK_C, BLOCK_R, False, PRECISION)  # fmt: skip
 
     last = True
     if parts > 1:
