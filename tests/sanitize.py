@@ -34,7 +34,7 @@ NF4_CASES = [
     Case(5, 128, 72, 24, torch.bfloat16, bias=True),
     Case(40, 192, 128, 16, torch.bfloat16, dropout=0.3),
     # Runs of 32 codes, and other numbers of tokens.
-    Case(12, 96, 136, 70, torch.float16, adapter_dtype=torch.float32, dropout=0.3),
+    Case(12, 96, 136, 70, torch.bfloat16, adapter_dtype=torch.float32, dropout=0.3),
     Case(30, 160, 264, 3, torch.bfloat16, dropout=0.3),
     Case(200, 100, 70, 16, torch.float16),
     Case(65, 64, 20, 3, torch.float32),
