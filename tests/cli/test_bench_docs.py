@@ -1,4 +1,4 @@
-"""docs/benchmarks.md beside the files that its figures come from."""
+"""docs/benchmarks.md and docs/benchmarks-h200.md beside the files that their figures come from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("benchmarks*.md")))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

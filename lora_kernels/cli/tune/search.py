@@ -16,7 +16,16 @@ from lora_kernels.backends.triton.tiles import (
 from lora_kernels.cli.bench.clock import Times
 
 # Blocks of M, N and K, warps, stages; the shipped ones come on top.
-_TMA = ((128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 5), (256, 128, 64, 8, 3), (128, 64, 64, 4, 5))
+_TMA = (
+    (128, 256, 64, 8, 4),
+    (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 5),
+    (256, 128, 64, 8, 3),
+    (128, 64, 64, 4, 5),
+    # Few tokens wait for W: many programs, each with many bytes under way.
+    (64, 128, 64, 4, 6),
+    (64, 64, 64, 4, 8),
+)
 _POINTERS = (
     (128, 256, 32, 8, 3),
     (128, 128, 32, 4, 4),
