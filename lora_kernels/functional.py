@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_kernels import native
 from lora_kernels.autograd import LoRALinearFunction, as_input, as_matrix, as_rows, forward
-from lora_kernels.backends import BASE_DTYPES, MAX_RANK, Precision, Problem, Scale, tf32_allowed
+from lora_kernels.backends import BASE_DTYPES, MAX_RANK, NF4Path, Precision, Problem, Scale, tf32_allowed
 from lora_kernels.deferred import applied
 from lora_kernels.dispatch import BackendName, Choice, choose, requested
 from lora_kernels.dropout import Dropout, inverse_keep
@@ -124,7 +124,11 @@ def explain(
     nf4_paths = choice.backend.nf4_paths
     if nf4_paths is None or not isinstance(weight, NF4Weight):
         return choice
-    return replace(choice, nf4_paths=nf4_paths(as_rows(as_matrix(x)), weight))
+    forward, backward = nf4_paths(as_rows(as_matrix(x)), weight)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        # The adapters' gradients need no weight.
+        backward = NF4Path("nowhere", "gradients are off" if x.requires_grad else "x needs no gradient")
+    return replace(choice, nf4_paths=(forward, backward))
 
 
 def _unify_dtypes(

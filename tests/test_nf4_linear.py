@@ -256,7 +256,7 @@ def test_explain(device: torch.device) -> None:
 
 def paths(M: int, N: int, K: int, backend: str, device: torch.device, offset: int = 0) -> list[str]:
     """What explain() prints of how this call goes."""
-    x = torch.ones(M * K + offset, dtype=torch.float16, device=device)[offset:].view(M, K)
+    x = torch.ones(M * K + offset, dtype=torch.float16, device=device)[offset:].view(M, K).requires_grad_()
     lora_A, lora_B = (torch.ones(shape, dtype=torch.float16, device=device) for shape in ((2, K), (N, 2)))
     weight = NF4Weight.quantize(torch.ones(N, K, device=device), 64)
     lines = str(explain(x.view(1, M, K), weight, lora_A, lora_B, backend=backend)).splitlines()
@@ -287,6 +287,17 @@ def test_explain_says_how_this_very_call_goes(device: torch.device) -> None:
     assert [line.endswith(unaligned) for line in paths(4, 42, 128, "triton", device)] == [False, True]
     for line in paths(4, 64, 96, "triton", device):
         assert line.endswith(f"{alone} 96 columns are no multiple of the block size, 64")
+
+
+def test_explain_knows_when_a_backward_decodes_nothing(device: torch.device) -> None:
+    tensors, weight = make(device)
+    nowhere = "backward of this call: the NF4 weight is decoded nowhere, because"
+    tensors["x"].requires_grad_(False)
+    assert f"{nowhere} x needs no gradient" in str(explain(**tensors, weight=weight, backend="triton"))
+    tensors["x"].requires_grad_()
+    assert nowhere not in str(explain(**tensors, weight=weight, backend="triton"))
+    with torch.no_grad():
+        assert f"{nowhere} gradients are off" in str(explain(**tensors, weight=weight, backend="triton"))
 
 
 def test_the_cuda_backend_says_how_a_call_goes(device: torch.device) -> None:
