@@ -68,4 +68,11 @@ def units(paths: list[Path]) -> list[str]:
 
 
 with_cuda, with_native = wanted("LORA_KERNELS_BUILD_CUDA"), wanted("LORA_KERNELS_BUILD_NATIVE")
-setup(**(extensions(with_cuda) if with_cuda or with_native else {"cmdclass": {"build_py": BuildWithSources}}))
+if with_cuda or with_native:
+    options = extensions(with_cuda)
+    from lora_kernels.backends.cuda_build import programs_found
+
+    with programs_found():
+        setup(**options)
+else:
+    setup(cmdclass={"build_py": BuildWithSources})

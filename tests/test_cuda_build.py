@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -214,6 +215,26 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert cuda_build.missing() == "there is no C++ compiler: 'no-such-compiler' is not on the PATH"
+
+
+def test_a_ninja_beside_python_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pip puts it there, and nobody need have activated that environment."""
+    on_path, scripts = tmp_path / "path", tmp_path / "scripts"
+    for program in (on_path / "my-compiler", scripts / "ninja"):
+        program.parent.mkdir()
+        program.write_text("#!/bin/sh\necho 1.13\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{on_path}")
+    monkeypatch.setenv("CXX", "my-compiler")
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path / "elsewhere"))
+    assert cuda_build.missing_compiler() == "there is no ninja (pip install ninja)"
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(scripts))
+    assert cuda_build.missing_compiler() is None
+    assert os.environ["PATH"] == str(on_path)
+    monkeypatch.delenv("PATH")
+    with cuda_build.programs_found():
+        assert os.environ["PATH"].endswith(str(scripts))
+    assert "PATH" not in os.environ
 
 
 def test_processes_that_ask_at_once_compile_once(tmp_path: Path) -> None:

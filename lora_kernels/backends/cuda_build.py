@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,8 +106,9 @@ def missing_compiler() -> str | None:
         from torch.utils import cpp_extension
     except ImportError as error:
         return f"PyTorch's module for extensions cannot be imported: {error}"
-    if not cpp_extension.is_ninja_available():
-        return "there is no ninja (pip install ninja)"
+    with programs_found():
+        if not cpp_extension.is_ninja_available():
+            return "there is no ninja (pip install ninja)"
     compiler = cpp_extension.get_cxx_compiler()  # type: ignore[no-untyped-call]
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler: {compiler!r} is not on the PATH"
@@ -198,10 +200,30 @@ def compile_once(name: str, folder: Path, what: str, units: list[Path], **option
         # PyTorch's own lock, left by a process that was killed, would be waited for without end.
         (folder / "lock").unlink(missing_ok=True)
         print(f"lora_kernels: compiling {what} in {folder}, once", file=sys.stderr, flush=True)
-        module = cpp_extension.load(name, [str(path) for path in units], build_directory=str(folder), **options)
+        with programs_found():
+            module = cpp_extension.load(name, [str(path) for path in units], build_directory=str(folder), **options)
         (folder / COMPLETE).touch()
         _loaded[folder] = module
         return module  # type: ignore[no-any-return]
+
+
+@contextmanager
+def programs_found() -> Iterator[None]:
+    """The programs that pip installed beside this Python are on the PATH, last: nobody need activate the environment.
+
+    PyTorch looks for ninja there alone.
+    """
+    before = os.environ.get("PATH")
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    added = [sysconfig.get_path("scripts", scheme) for scheme in schemes]
+    os.environ["PATH"] = os.pathsep.join([os.defpath if before is None else before, *added])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PATH"]
+        else:
+            os.environ["PATH"] = before
 
 
 @contextmanager
