@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +15,18 @@ from lora_kernels.cli.errors import UserError
 _PROBE_BYTES = 4 << 20
 
 
-def require_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be written before anything is measured, a full disk included.
+def require_writable(folder: Path, size: int = 0) -> None:
+    """Refuses a folder that cannot be written, or has no room for `size` bytes, before the work begins.
 
     Raises:
         UserError: it cannot be written.
     """
     with writing(f"--out {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < size + _PROBE_BYTES:
+            needed = f"{(size + _PROBE_BYTES) / 2**20:.0f} MiB"
+            raise UserError(f"--out {folder}: there is room for {free / 2**20:.0f} MiB, and {needed} are needed")
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_PROBE_BYTES))
             file.flush()

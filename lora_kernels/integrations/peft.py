@@ -114,8 +114,10 @@ class PeftPatch:
     `reason` says why nothing was patched by this call; None where it was.
     """
 
-    def __init__(self, stock: staticmethod[..., Any] | None, reason: str | None, groups: bool = False) -> None:
-        self._stock, self._groups = stock, groups
+    def __init__(
+        self, stock: staticmethod[..., Any] | None, reason: str | None, groups: bool = False, inject: Any = None
+    ) -> None:
+        self._stock, self._groups, self._inject = stock, groups, inject
         self.reason = reason
 
     @property
@@ -138,8 +140,10 @@ class PeftPatch:
                     "and must be put back before undo()"
                 )
         lora.LoraModel._create_new_module = self._stock
-        if self._groups:
-            # PEFT's own is inherited.
+        if self._inject is not None:
+            lora.LoraModel.inject_adapter = self._inject
+        elif self._groups:
+            # It is inherited.
             del lora.LoraModel.inject_adapter
         self._stock, self.reason = None, "it was undone"
 
@@ -175,11 +179,11 @@ def patch_peft(*, groups: bool = True) -> PeftPatch:
     check_peft()
     if _is_ours("_create_new_module"):
         return PeftPatch(None, "it is patched already")
-    stock = vars(lora.LoraModel)["_create_new_module"]
+    stock, inject = (vars(lora.LoraModel).get(name) for name in ("_create_new_module", "inject_adapter"))
     lora.LoraModel._create_new_module = staticmethod(_fusing(stock.__func__))
     if groups:
         lora.LoraModel.inject_adapter = _grouping(lora.LoraModel.inject_adapter)
-    return PeftPatch(stock, None, groups)
+    return PeftPatch(stock, None, groups, inject if groups else None)
 
 
 def apply_lora_kernels(model: nn.Module, *, groups: bool = True) -> Report:

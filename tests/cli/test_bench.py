@@ -174,6 +174,33 @@ def test_a_baseline_of_other_cases_is_an_error(
     assert (tmp_path / "now" / RESULTS_FILE).exists()
 
 
+def test_a_baseline_that_the_run_would_replace_is_refused(
+    instant: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, "--no-plots", "--out", str(tmp_path)]) == 0
+    before = (tmp_path / RESULTS_FILE).read_bytes()
+    itself = str(tmp_path / "." / RESULTS_FILE)
+    assert main([*SMALL, "--no-plots", "--out", str(tmp_path), "--baseline", itself]) == 2
+    assert "this run would replace it; name another folder with --out" in capsys.readouterr().err
+    assert (tmp_path / RESULTS_FILE).read_bytes() == before
+
+
+def test_interrupt_before_anything_was_finished(
+    instant: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an earlier run left is worth more than nothing."""
+    assert main([*SMALL, "--no-plots", "--out", str(tmp_path)]) == 0
+    before = (tmp_path / RESULTS_FILE).read_bytes()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure_case", interrupted)
+    assert main([*SMALL, "--no-plots", "--out", str(tmp_path)]) == 130
+    assert f"nothing was finished; {tmp_path} is as it was" in capsys.readouterr().out
+    assert (tmp_path / RESULTS_FILE).read_bytes() == before
+
+
 def test_a_disk_that_fills_up_during_the_run(
     instant: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,10 +4,12 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +22,11 @@ import gguf
 import numpy
 import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_kernels import apply_lora_kernels, native
-from lora_kernels.cli.finetune import command, data, report
+from lora_kernels.cli.finetune import command, data, memory, report, training
 from lora_kernels.cli.finetune.model import gguf_read_once
 from lora_kernels.cli.finetune.training import Run
 from lora_kernels.cli.main import main
@@ -95,6 +98,7 @@ def test_it_learns_and_stock_peft_serves_the_adapter(
     printed = capsys.readouterr().out
     for expected in (
         "fused LoRA layers    14 of 14",
+        "backend              " + ("triton" if DEVICE == "cuda" else "eager (not triton: "),
         "30 of 30",
         f"{run['loss_after']:.4f}",
         "GiB",
@@ -345,3 +349,61 @@ def test_the_summary_says_how_launches_get_faster(gpu: bool, compiled: bool, mon
     advice = "`python -m lora_kernels build`"
     assert (advice in report.summary(Run("lora_kernels", {"q_proj": None}))) == (gpu and not compiled)
     assert advice not in report.summary(Run("stock PEFT"))
+
+
+def test_a_disk_that_is_full_when_the_adapter_is_saved(
+    model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was measured is printed all the same."""
+
+    def save(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save)
+    assert main(_options(model_dir, text, tmp_path / "out", "--steps", 2)) == 2
+    captured = capsys.readouterr()
+    assert "the adapter cannot be written (I/O error: No space left on device (os error 28))" in captured.err
+    assert re.search(r"held-out loss after +\d", captured.out)
+
+
+def test_a_disk_without_room_for_the_adapter(
+    model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 << 20))
+    assert main(_options(model_dir, text, tmp_path / "out", "--rank", 512)) == 2
+    # 4 MiB of float32 numbers, and as much for the rest.
+    assert "there is room for 5 MiB, and 8 MiB are needed" in capsys.readouterr().err
+
+
+def test_interrupt_before_training_leaves_earlier_results(
+    model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_text("{}")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "load_model", interrupted)
+    assert main(_options(model_dir, text, out, "--steps", 2)) == 130
+    assert (out / "results.json").read_text() == "{}"
+
+
+def test_damaged_weights_are_one_line(
+    model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model_dir, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert main(_options(damaged, text, tmp_path / "out", "--steps", 2)) == 2
+    assert f"--model {damaged}: " in capsys.readouterr().err
+
+
+def test_peak_memory_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "status").write_text("Name: python\n")
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
+    memory.reset_peak(torch.device("cpu"))
+    assert memory.peak_bytes(torch.device("cpu")) > 1 << 20

@@ -295,6 +295,26 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> Any:
 TWO = ["tune", "--shapes", "33x64x48", "17x64x40", "--rank", "3", "--out"]
 
 
+def test_a_second_run_keeps_what_the_first_measured(
+    instant: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    tune = ["tune", "--rank", "3", "--out", str(path), "--shapes"]
+    assert main([*tune, "33x64x48", "--dtype", "float32"]) == 0
+    assert main([*tune, "17x64x40", "--dtype", "float16"]) == 0
+    assert "beside what it had of other layers" in capsys.readouterr().out
+    both = read_table(path, INTERPRETER)
+    assert {(e.itemsize, e.M, e.N) for e in both.one_pass} == {(4, 33, 48), (4, 33, 64), (2, 17, 40), (2, 17, 64)}
+    assert {e.itemsize for e in both.adapter_grads} == {2, 4}
+    # What is measured again is replaced.
+    assert main([*tune, "17x64x40", "--dtype", "float16"]) == 0
+    assert len(read_table(path, INTERPRETER).one_pass) == 4
+    # Other versions make other kernels.
+    replace(both, made="2026-01-01, lora_kernels 0.0.1, triton 3.0.0").write(path)
+    assert main([*tune, "17x64x40", "--dtype", "float16"]) == 0
+    assert {(e.M, e.N) for e in read_table(path, INTERPRETER).one_pass} == {(17, 40), (17, 64)}
+
+
 def test_interrupt_keeps_the_cases_that_were_finished(
     instant: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import peft
 import pytest
@@ -58,6 +59,18 @@ def test_patch_twice_is_patch_once() -> None:
         assert outer.active
         assert kinds(lora_model()) == {Linear}
     assert kinds(lora_model()) == {lora.Linear}
+
+
+def test_undo_puts_back_what_a_later_peft_may_define(monkeypatch: pytest.MonkeyPatch) -> None:
+    """inject_adapter is inherited today."""
+
+    def inject_adapter(self: Any, *arguments: Any, **options: Any) -> Any:
+        return super(lora.LoraModel, self).inject_adapter(*arguments, **options)
+
+    monkeypatch.setattr(lora.LoraModel, "inject_adapter", inject_adapter)
+    for groups in (True, False):
+        patch_peft(groups=groups).undo()
+        assert vars(lora.LoraModel)["inject_adapter"] is inject_adapter
 
 
 def test_patch_is_undone_by_an_error() -> None:

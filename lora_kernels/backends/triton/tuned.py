@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,14 @@ class TunedTable:
     def grad_tiles(self, itemsize: int) -> GradTiles | None:
         """The configuration for elements of a size, if it was measured."""
         return next((entry.tiles for entry in self.adapter_grads if entry.itemsize == itemsize), None)
+
+    def over(self, earlier: TunedTable) -> TunedTable:
+        """This table, and of an earlier one of the same chip what was not measured again."""
+        outputs = {(e.itemsize, e.use_tma, e.M, e.N) for e in self.one_pass}
+        sizes = {e.itemsize for e in self.adapter_grads}
+        kept = [e for e in earlier.one_pass if (e.itemsize, e.use_tma, e.M, e.N) not in outputs]
+        kept_grads = [e for e in earlier.adapter_grads if e.itemsize not in sizes]
+        return replace(self, one_pass=(*kept, *self.one_pass), adapter_grads=(*kept_grads, *self.adapter_grads))
 
     def write(self, path: Path) -> None:
         """Writes the table where `read_table` finds it."""

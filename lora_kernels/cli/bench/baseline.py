@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,12 @@ from dataclasses import dataclass, field
 from lora_kernels.cli.bench.clock import Times
 from lora_kernels.cli.bench.providers import FLOOR
 from lora_kernels.cli.bench.results import Measurement, ModelMeasurement, Results
-from lora_kernels.cli.bench.table import ratio
 from lora_kernels.cli.errors import UserError
 
 # Two runs of the same thing differ by about as much even where samples within a run do not.
 LEAST_NOISE = 0.01
+# Worse by chance is then one figure in several hundred.
+_DEVIATIONS = 3.0
 # The allocator hands memory out in blocks of 2 MiB.
 _MEMORY_NOISE = 2 << 20
 
@@ -92,10 +94,9 @@ def _compare_figures(comparison: Comparison, baseline: Sequence[Figure], now: Se
             continue
         floor_before, floor_now = floors_before.get(_place(figure)), floors_now.get(_place(figure))
         if floor_before is not None and floor_now is not None:
-            _compare_times(comparison, figure, ratio(before.times, floor_before), ratio(figure.times, floor_now))
+            _compare_times(comparison, figure, (before.times, floor_before), (figure.times, floor_now))
         else:
-            absolute = [(t.median, t.median * t.spread) for t in (before.times, figure.times)]
-            _compare_times(comparison, figure, *absolute)
+            _compare_times(comparison, figure, (before.times,), (figure.times,))
     found = {figure.key for figure in now}
     comparison.gone.update(
         before.provider
@@ -114,10 +115,11 @@ def _lost(before: Figure, figure: Figure) -> list[str]:
 
 
 def _compare_times(
-    comparison: Comparison, figure: Figure, before: tuple[float, float], now: tuple[float, float]
+    comparison: Comparison, figure: Figure, before: tuple[Times, ...], now: tuple[Times, ...]
 ) -> None:
-    (old, old_error), (new, new_error) = before, now
-    noise = max(old_error + new_error, LEAST_NOISE * old)
+    """Of a time alone, or of a time and its floor."""
+    old, new = (times[0].median / (times[1].median if len(times) > 1 else 1.0) for times in (before, now))
+    noise = old * max(_DEVIATIONS * math.hypot(*(times.error for times in (*before, *now))), LEAST_NOISE)
     if abs(new - old) > noise:
         line = f"{_name(figure)}: {old:.3f} -> {new:.3f}, noise ±{noise:.3f}"
         (comparison.worse if new > old else comparison.better).append(line)

@@ -11,6 +11,7 @@ On a CPU there is one regime, called "cpu", and launches are eager.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ FLUSH_BYTES = 256 << 20
 _REST_SECONDS = 0.01
 _HEATING_SECONDS = 2.0
 _SECOND_OF_PRODUCTS = 600
+# Half an interquartile range is 0.674 deviations, and a median's error 1.253 of them over the root of the samples.
+_ERROR_OF_SPREAD = 1.253 / 0.674
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Times:
     def spread(self) -> float:
         """Half the interquartile range, relative to the median."""
         return (self.high - self.low) / (2 * self.median)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the median, relative to it, as of normally distributed samples."""
+        return _ERROR_OF_SPREAD * self.spread / math.sqrt(self.samples)
 
 
 class Clock(Protocol):

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     options = bench_options.from_args(args, has_gpu=torch.cuda.is_available())
     _require_packages(options)
     require_writable(options.out)
+    if options.baseline is not None and options.baseline.resolve() == (options.out / RESULTS_FILE).resolve():
+        raise UserError(f"--baseline {options.baseline}: this run would replace it; name another folder with --out")
     baseline = None if options.baseline is None else read_results(options.baseline)
     if isinstance(options, PlotOptions):
         _show(read_results(options.file), options.out, plots=True)
@@ -59,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
         require_comparable(baseline, results.environment)
     try:
         _measure(options, results)
+        if results.interrupted and not (results.measurements or results.models):
+            print(f"nothing was finished; {options.out} is as it was")
+            return EXIT_INTERRUPTED
         results.write(options.out)
     except UserError:
         # They cannot be written any more: this is the last chance to have them.

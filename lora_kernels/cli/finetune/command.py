@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_kernels.cli.errors import UserError
-from lora_kernels.cli.files import require_writable
+from lora_kernels.cli.files import require_writable, writing
 from lora_kernels.cli.finetune import options as finetune_options
 from lora_kernels.cli.finetune.options import Options
 from lora_kernels.cli.quiet import quieten_libraries
+from lora_kernels.cli.waiting import elapsed
 from lora_kernels.switches import is_on
 
 if TYPE_CHECKING:
@@ -33,11 +34,14 @@ def run(args: argparse.Namespace) -> int:
     """Checks everything, trains, reports; 0, or 130 after Ctrl-C."""
     options = finetune_options.from_args(args, on_gpu=torch.cuda.is_available())
     _require_packages(options)
-    _import_libraries()
+    with elapsed("importing the libraries"):
+        _import_libraries()
     from lora_kernels.cli.finetune.model import gguf_read_once
 
     with gguf_read_once():
-        runs = _execute_all(_prepare(options))
+        with elapsed("reading the text and the model's description"):
+            job = _prepare(options)
+        runs = _execute_all(job)
     _report(options, runs)
     return EXIT_INTERRUPTED if runs[-1].interrupted else 0
 
@@ -50,7 +54,9 @@ def _require_packages(options: Options) -> None:
             f'finetune needs more packages ({", ".join(missing)}): pip install "lora-kernels[finetune]"'
         )
     if options.quantize and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
+        raise UserError(
+            f"--quantize {options.quantize} needs bitsandbytes: {sys.executable} -m pip install bitsandbytes"
+        )
 
 
 def _import_libraries() -> None:
@@ -83,10 +89,10 @@ def _prepare(options: Options) -> "Job":
     documents = data.read_documents(options.data)
     source = model.find_model(options.model)
     config = model.read_config(source)
-    model.check_without_weights(source, config, options)
+    adapter_bytes = model.check_without_weights(source, config, options)
     tokenizer = model.read_tokenizer(source)
     corpus = data.split(data.tokenize(documents, tokenizer), options.seq)
-    require_writable(options.out)
+    require_writable(options.out, adapter_bytes)
     return Job(
         options=options,
         source=source,
@@ -111,7 +117,7 @@ def _execute_all(job: "Job") -> list["Run"]:
         run = Run(name)
         runs.append(run)
         try:
-            _say(f"{name}: loading the weights and measuring the held-out loss")
+            _say(f"{name}: loading the weights")
             execute(job, run, fuse=fuse, save=name == OURS)
         except BaseException as error:
             if not _is_interrupt(error):
@@ -147,10 +153,16 @@ def _report(options: Options, runs: list["Run"]) -> None:
         print(report.summary(run), end="\n\n")
     if len(runs) == 2:
         print(report.comparison(*runs), end="\n\n")
-    report.write_results(options, runs, options.out / RESULTS_FILE)
-    if runs[0].loss_before is not None:
+    if runs[0].loss_before is None:
+        # Interrupted so early that there is nothing to put in the place of an earlier run's.
+        print("adapter      none: interrupted before training")
+        return
+    if runs[0].not_saved is not None:
+        raise UserError(f"--out {options.out}: the adapter cannot be written ({runs[0].not_saved})")
+    with writing(options.out):
+        report.write_results(options, runs, options.out / RESULTS_FILE)
         plot.write_plot(runs, options.out / PLOT_FILE)
-        print(f"loss curve   {options.out / PLOT_FILE}")
+    print(f"loss curve   {options.out / PLOT_FILE}")
     print(f"results      {options.out / RESULTS_FILE}")
     print(f"adapter      {options.out if runs[0].saved else 'none: interrupted before training'}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -109,8 +110,12 @@ def lora_config(options: Options) -> LoraConfig:
     )
 
 
-def check_without_weights(source: ModelSource, config: Any, options: Options) -> None:
-    """Builds the model and its adapters on the meta device; raises UserError for what does not fit."""
+def check_without_weights(source: ModelSource, config: Any, options: Options) -> int:
+    """Builds the model and its adapters on the meta device; returns the bytes that these take in a file.
+
+    Raises:
+        UserError: something does not fit.
+    """
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and options.seq > longest:
         raise UserError(f"--seq {options.seq}: the model takes at most {longest} tokens")
@@ -132,6 +137,8 @@ def check_without_weights(source: ModelSource, config: Any, options: Options) ->
     for target in options.targets:
         if target != ALL_LINEAR and not any(f".{name}".endswith(f".{target}") for name in targeted):
             raise UserError(f"--targets {target}: matches no layer ({available})")
+    # They are float32.
+    return 4 * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def load_model(source: ModelSource, config: Any, dtype: torch.dtype, quantize: str | None) -> Any:
@@ -144,7 +151,7 @@ def load_model(source: ModelSource, config: Any, dtype: torch.dtype, quantize: s
             model = AutoModelForCausalLM.from_pretrained(
                 source.name, dtype=dtype, quantization_config=quantization, **source.arguments
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_a_model(source, error) from None
     if quantize:
         _keep_trainable(model)

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from lora_kernels import revert_lora_kernels
+from lora_kernels import explain, revert_lora_kernels
 from lora_kernels.cli.finetune.data import Corpus
 from lora_kernels.cli.finetune.head_start import head_start
 from lora_kernels.cli.finetune.memory import peak_bytes, reset_peak
 from lora_kernels.cli.finetune.model import ModelSource, load_model, lora_config
 from lora_kernels.cli.finetune.options import Options
 from lora_kernels.cli.finetune.progress import Step, StepRecorder, StopOnInterrupt
+from lora_kernels.cli.waiting import elapsed
 
 PROMPT_TOKENS = 32
 CONTINUATION_TOKENS = 40
@@ -52,6 +54,10 @@ class Run:
     peak_memory_bytes: int | None = None
     interrupted: bool = False
     saved: bool = False
+    not_saved: str | None = None
+    """Why the adapter could not be written."""
+    backend: str | None = None
+    """What fused layers run on."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -87,10 +93,11 @@ def execute(job: Job, run: Run, *, fuse: Callable[[PeftModel], dict[str, str | N
     trainer.remove_callback(PrinterCallback)
 
     # New adapters add exactly nothing, and without them text is generated in half the time.
-    with model.disable_adapter():
+    with model.disable_adapter(), elapsed(f"{run.name}: measuring the held-out loss"):
         run.loss_before = trainer.evaluate()["eval_loss"]
         run.prompt, run.text_before = _continue_text(model, job)
     run.layers = fuse(model)
+    run.backend = _backend(job.device, weights_dtype) if run.layers else None
     try:
         with interrupt:
             _train(trainer, run, job.device)
@@ -98,14 +105,33 @@ def execute(job: Job, run: Run, *, fuse: Callable[[PeftModel], dict[str, str | N
     except KeyboardInterrupt:
         run.interrupted = True
     if save:
-        # "auto" would ask the Hub for the base model's vocabulary, to learn whether it was resized here.
-        model.save_pretrained(options.out, save_embedding_layers=False)
-        run.saved = True
+        _save(model, options, run)
     if not run.interrupted:
         if run.layers:
             revert_lora_kernels(model)
-        run.loss_after = trainer.evaluate()["eval_loss"]
-        _, run.text_after = _continue_text(model, job)
+        with elapsed(f"{run.name}: measuring the held-out loss"):
+            run.loss_after = trainer.evaluate()["eval_loss"]
+            _, run.text_after = _continue_text(model, job)
+
+
+def _save(model: PeftModel, options: Options, run: Run) -> None:
+    """Where it fails the run goes on: its figures are worth having."""
+    try:
+        # "auto" would ask the Hub for the base model's vocabulary, to learn whether it was resized here.
+        model.save_pretrained(options.out, save_embedding_layers=False)
+        run.saved = True
+    except (OSError, SafetensorError) as error:
+        run.not_saved = str(error).strip().partition("\n")[0]
+
+
+def _backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What the automatic choice takes for these weights, and if that is not Triton, why."""
+    x, weight = (torch.zeros(16, 16, device=device, dtype=dtype) for _ in range(2))
+    adapter = torch.zeros(16, 16, device=device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        choice = explain(x, weight, adapter, adapter)
+    refusal = choice.refusals.get("triton")
+    return choice.backend.name if refusal is None else f"{choice.backend.name} (not triton: {refusal})"
 
 
 def precision(device: torch.device) -> tuple[torch.dtype, dict[str, bool]]:

@@ -20,6 +20,7 @@ from lora_kernels.cli.errors import UserError
 from lora_kernels.cli.files import require_writable, writing
 
 if TYPE_CHECKING:
+    from lora_kernels.backends.triton.tuned import TunedTable
     from lora_kernels.cli.tune.tuning import Tuning
 
 HELP = "measure tile configurations on this GPU and write the table that the Triton kernels then use"
@@ -71,10 +72,27 @@ def run(args: argparse.Namespace) -> int:
     tuning.run()
     if tuning.interrupted:
         return _keep_interrupted(tuning, path)
+    table = tuning.table()
+    earlier = _earlier_table(path, table)
     with writing(path):
-        tuning.table().write(path)
-    print(f"table       {path}")
+        (table if earlier is None else table.over(earlier)).write(path)
+    kept = "" if earlier is None else ", beside what it had of other layers"
+    print(f"table       {path}{kept}")
     return 0
+
+
+def _earlier_table(path: Path, table: TunedTable) -> TunedTable | None:
+    """The table that is there, if it was made with the same versions on the same chip."""
+    from lora_kernels.backends.triton.tuned import TableRefused, read_table
+
+    if not path.exists():
+        return None
+    try:
+        earlier = read_table(path, table.chip)
+    except TableRefused:
+        return None
+    # After the date, "made" has the versions.
+    return earlier if earlier.made.partition(", ")[2] == table.made.partition(", ")[2] else None
 
 
 def _keep_interrupted(tuning: Tuning, path: Path) -> int:
