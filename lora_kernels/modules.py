@@ -298,12 +298,21 @@ class LoRALinear(nn.Module):
         self.unmerge()
         key = prefix + "weight"
         if isinstance(self.weight, NF4Weight):
+            # What is wrong with one of a layer's tensors keeps all of them out.
+            own = {prefix + name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+            misfits = [
+                f"state[{name!r}] was {list(state_dict[name].shape)}, but must be {list(parameter.shape)}"
+                for name, parameter in own.items()
+                if name in state_dict and state_dict[name].shape != parameter.shape
+            ]
+            if misfits:
+                error_msgs += misfits
+                return
             if key in state_dict:
                 assign = bool(local_metadata.get("assign_to_params_buffers"))
                 try:
                     self.weight = self._loaded(self.weight, state_dict, key, assign)
                 except ValueError as error:
-                    # What is wrong with one of a layer's tensors keeps all of them out.
                     error_msgs.append(str(error))
                     return
             elif strict:

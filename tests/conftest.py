@@ -53,6 +53,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     why = _why_no_cuda() if HAS_GPU else None
     if why is not None:
         terminalreporter.write_line(f"NOT TESTED, the cuda backend: {why}")
+    skipped = {str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])}
+    if any("NOTHING IN csrc/ IS COMPILED" in reason for reason in skipped):
+        terminalreporter.write_line("NOT COMPILED, csrc/: there is no nvcc on this machine")
 
 
 @pytest.fixture(params=_backends())

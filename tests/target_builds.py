@@ -128,6 +128,9 @@ def tile_builds(capability: int) -> Iterator[Build]:
                 yield replace(plain, precision="split", aligned=False)
     yield Build(capability, "dequantize", DEQUANTIZE)
     yield Build(capability, "dequantize", DEQUANTIZE, aligned=False)
+    for kernel, activation in (("gated_forward", "silu"), ("gated_backward", "silu"), ("gated_backward", "gelu_tanh")):
+        yield Build(capability, kernel, GATED, activation=activation, want_h=activation == "silu")
+    yield Build(capability, "gated_forward", GATED, aligned=False, dtype="fp16", activation="gelu_tanh")
 
 
 def group_builds(single: Build) -> Iterator[Build]:
@@ -186,9 +189,6 @@ def scarce_variants(capability: int, widest: OnePassTiles, wide_fp32: OnePassTil
     yield replace(of_two, dtype="fp32", tiles=group_grad_tiles(chip, 4, 32, False))
     yield Build(capability, "dequantize", DEQUANTIZE, block_size=32, double_quant=False, dtype="fp32")
     yield Build(capability, "dequantize", DEQUANTIZE, block_size=4096, dtype="fp16")
-    for kernel, activation in (("gated_forward", "silu"), ("gated_backward", "silu"), ("gated_backward", "gelu_tanh")):
-        yield Build(capability, kernel, GATED, activation=activation, want_h=activation == "silu")
-    yield Build(capability, "gated_forward", GATED, aligned=False, dtype="fp16", activation="gelu_tanh")
 
 
 def amd_builds() -> Iterator[Build]:

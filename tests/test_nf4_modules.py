@@ -209,6 +209,19 @@ def test_damaged_state_is_named_and_nothing_of_the_layer_loaded(key: str, device
     assert torch.equal(layer(x), y)
 
 
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "bias"])
+def test_a_wrong_entry_beside_the_weight_keeps_all_of_the_layer_out(name: str, device: torch.device) -> None:
+    layer = make(device, bias=True)
+    torch.manual_seed(1)
+    other = LoRALinear(K, N, r=4, alpha=8, quantize="nf4", bias=True, device=device)
+    before, state = {key: value.clone() for key, value in layer.state_dict().items()}, other.state_dict()
+    state[name] = state[name][:1]
+    with pytest.raises(RuntimeError, match=rf"state\['{name}'\] was \[1"):
+        layer.load_state_dict(state)
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 def test_state_of_another_shape_or_a_dense_one_is_refused(device: torch.device) -> None:
     layer = make(device)
     other = LoRALinear(N, K, r=4, quantize="nf4", device=device).state_dict()

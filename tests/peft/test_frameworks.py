@@ -67,7 +67,7 @@ def with_trainer_in_bfloat16(folder: Path, device: str) -> list[float]:
     return with_trainer(folder, device, bf16=True)
 
 
-def with_trl(folder: Path, device: str) -> list[float]:
+def with_trl(folder: Path, device: str, **changes: bool) -> list[float]:
     from trl import SFTConfig, SFTTrainer
 
     words = {f"w{i}": i for i in range(VOCABULARY - 2)} | {"<eos>": VOCABULARY - 2, "<pad>": VOCABULARY - 1}
@@ -80,12 +80,17 @@ def with_trl(folder: Path, device: str) -> list[float]:
     torch.manual_seed(0)
     trainer = SFTTrainer(
         base_model(),
-        SFTConfig(**arguments(folder, device), bf16=False, gradient_checkpointing=False, max_length=16),
+        SFTConfig(**arguments(folder, device), max_length=16, **changes),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(),
     )
     return losses(trainer)
+
+
+def with_trl_in_float32(folder: Path, device: str) -> list[float]:
+    """By default it trains in bfloat16, with activation checkpointing."""
+    return with_trl(folder, device, bf16=False, gradient_checkpointing=False)
 
 
 def with_accelerate(folder: Path, device: str) -> list[float]:
@@ -110,7 +115,7 @@ TRAININGS: list[Callable[[Path, str], list[float]]] = [
     with_accelerate,
 ]
 if importlib.util.find_spec("trl") is not None:
-    TRAININGS.append(with_trl)
+    TRAININGS += [with_trl, with_trl_in_float32]
 
 
 @pytest.mark.parametrize("train", TRAININGS)
@@ -119,7 +124,7 @@ def test_training(train: Callable[[Path, str], list[float]], device: str, tmp_pa
     with patch_peft():
         fused = train(tmp_path, device)
     assert stock[-1] < stock[0]
-    tolerance = 2e-2 if train is with_trainer_in_bfloat16 else 1e-3
+    tolerance = 2e-2 if train in (with_trainer_in_bfloat16, with_trl) else 1e-3
     assert fused == pytest.approx(stock, rel=tolerance)
 
 

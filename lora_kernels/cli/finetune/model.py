@@ -138,7 +138,7 @@ def check_without_weights(source: ModelSource, config: Any, options: Options) ->
         if target != ALL_LINEAR and not any(f".{name}".endswith(f".{target}") for name in targeted):
             raise UserError(f"--targets {target}: matches no layer ({available})")
     # They are float32.
-    return 4 * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return 4 * sum(int(p.numel()) for p in adapted.parameters() if p.requires_grad)
 
 
 def load_model(source: ModelSource, config: Any, dtype: torch.dtype, quantize: str | None) -> Any:
