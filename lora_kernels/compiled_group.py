@@ -21,8 +21,8 @@ from lora_kernels.autograd_group import Constants, GroupSaved, Plan, backward, f
 from lora_kernels.backends import Activation, Member, Precision, Problem
 from lora_kernels.backends.eager import gated_product
 from lora_kernels.dispatch import BackendName, choose
+from lora_kernels.dispatch_group import group_choice
 from lora_kernels.dropout import Dropout
-from lora_kernels.group import group_choice
 from lora_kernels.nf4 import Form, NF4Weight
 
 # Of each member: the block size of its NF4 weight (0 for a dense one), how many tensors its weight is, whether it has

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lora_kernels import native
 from lora_kernels.autograd import LoRALinearFunction, as_input, as_matrix, as_rows, forward
-from lora_kernels.backends import BASE_DTYPES, MAX_RANK, NF4Path, Precision, Problem, Scale, tf32_allowed
+from lora_kernels.backends import NF4Path, Precision, Problem, Scale, tf32_allowed
 from lora_kernels.deferred import applied
 from lora_kernels.dispatch import BackendName, Choice, choose, requested
 from lora_kernels.dropout import Dropout, inverse_keep
+from lora_kernels.limits import BASE_DTYPES, MAX_RANK
 from lora_kernels.nf4 import NF4Weight
 from lora_kernels.weights import Weight
 

@@ -13,7 +13,8 @@ from lora_kernels.autograd import as_input, as_matrix, as_rows
 from lora_kernels.autograd_gated import GatedPlan, forward, gated_mlp
 from lora_kernels.backends import Activation, Member
 from lora_kernels.dispatch import BackendName, Choice, requested
-from lora_kernels.group import GroupChoice, as_given, checked, group_choice, member_of
+from lora_kernels.dispatch_group import GroupChoice, group_choice
+from lora_kernels.group import as_given, checked, member_of
 from lora_kernels.weights import Weight
 
 _NAMES = ("gate", "up", "down")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from lora_kernels.autograd import as_input, as_matrix, as_rows, with_leading
 from lora_kernels.autograd_group import LoRAGroupFunction, Plan, forward, leaves_of
 from lora_kernels.backends import Member
 from lora_kernels.dispatch import BackendName, BackendRefused, Choice, requested
+from lora_kernels.dispatch_group import GroupChoice, group_choice
 from lora_kernels.dropout import Dropout
 from lora_kernels.functional import _cached_choice, _check, _require, _scale, _unify_dtypes
 from lora_kernels.weights import Weight
@@ -31,28 +31,6 @@ class GroupMember(NamedTuple):
 
 Members = Sequence[tuple[Any, ...]]
 _FORM = "(weight, lora_A, lora_B, scaling, bias)"
-
-
-@dataclass(frozen=True)
-class GroupChoice:
-    """Which way a group takes, and why: `reason` says why it goes member by member, None where it does not."""
-
-    choices: tuple[Choice, ...]
-    plan: Plan
-    reason: str | None
-
-    def __str__(self) -> str:
-        lines = [self._way()]
-        for i, choice in enumerate(self.choices):
-            lines += [f"members[{i}]", *(f"  {line}" for line in str(choice).splitlines())]
-        return "\n".join(lines)
-
-    def _way(self) -> str:
-        if self.plan.group is None:
-            return f"member by member: {self.reason}"
-        way = f"as one group on {self.choices[0].backend.name}"
-        note = self.plan.group.describe([choice.problem for choice in self.choices])
-        return way if note is None else f"{way}; {note}"
 
 
 def lora_linear_group(
@@ -193,36 +171,6 @@ def _checked_member(
         choice = _cached_choice(x, weight, lora_A, lora_B, bias, scaling, dropout_p, precision, backend)
     scale = _scale(scaling, float(dropout_p) if training else 0.0)
     return x, Member(weight, lora_A, lora_B, bias, scale, None), choice
-
-
-# By the identities of the members' choices, which the entries keep alive.
-_group_choices: dict[tuple[int, ...], GroupChoice] = {}
-
-
-def group_choice(choices: Sequence[Choice]) -> GroupChoice:
-    """Whether members with these choices go as one group."""
-    key = tuple(map(id, choices))
-    found = _group_choices.get(key)
-    if found is None:
-        found = _group_choices[key] = _choose_group(tuple(choices))
-    return found
-
-
-def _choose_group(choices: tuple[Choice, ...]) -> GroupChoice:
-    backends = tuple(choice.backend for choice in choices)
-    precisions = tuple(choice.problem.precision for choice in choices)
-    first, names = backends[0], {backend.name for backend in backends}
-    if len(choices) == 1:
-        reason: str | None = "it has one member"
-    elif len(names) > 1:
-        reason = f"its members run on different backends: {', '.join(sorted(names))}"
-    elif len(set(precisions)) > 1:
-        reason = "the adapters of its members differ in dtype"
-    elif first.group is None:
-        reason = f"{first.name} has no functions on groups"
-    else:
-        reason = first.group.refuses([choice.problem for choice in choices])
-    return GroupChoice(choices, Plan(first.group if reason is None else None, backends, precisions), reason)
 
 
 def as_given(y: Tensor, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.autograd import outside_autocast
-from lora_kernels.backends import BASE_DTYPES, MAX_RANK
 from lora_kernels.functional import is_number, lora_linear
+from lora_kernels.limits import BASE_DTYPES, MAX_RANK
 from lora_kernels.loftq import loftq
 from lora_kernels.nf4 import NF4Weight
 from lora_kernels.weights import dense

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import nf4_codec as codec
-from lora_kernels.backends import BASE_DTYPES
+from lora_kernels.limits import BASE_DTYPES
 from lora_kernels.nf4_codec import BLOCK_SIZES
 
 # Block size, shape and original dtype.

@@ -14,8 +14,8 @@ from lora_kernels.backends.triton.tiles import (
     GradTiles,
     OnePassTiles,
     candidates,
-    grad_tiles,
     group_grad_tiles,
+    shipped_grad_tiles,
 )
 
 # Compute capability -> bytes of shared memory that a block can have.
@@ -114,8 +114,8 @@ def tile_builds(capability: int) -> Iterator[Build]:
                 yield replace(plain, alone=False)
             if tiles.use_tma and not forward:
                 yield replace(plain, kernel="backward")
-    yield Build(capability, "adapter_grads", grad_tiles(chip, 2), rank=64)
-    yield Build(capability, "adapter_grads", grad_tiles(chip, 2), masked=True, precision="split", rank=64)
+    yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), rank=64)
+    yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), masked=True, precision="split", rank=64)
     for masked, rank in ((False, 16), (True, 64)):
         three = group_grad_tiles(chip, 2, MOST_MEMBERS * rank, masked)
         yield Build(capability, "group_grads", three, masked=masked, rank=rank, members=MOST_MEMBERS)
@@ -160,9 +160,9 @@ def variants(capability: int) -> Iterator[Build]:
         yield replace(plain, dtype="fp16", turned=True, rank=64)
         yield replace(plain, tiles=pointers, aligned=False)
         yield replace(plain, tiles=wide_fp32, dtype="fp32", masked=True)
-    grads = Build(capability, "adapter_grads", grad_tiles(chip, 2))
+    grads = Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2))
     yield replace(grads, precision="rounded", aligned=False)
-    yield replace(grads, dtype="fp32", tiles=grad_tiles(chip, 4), masked=True)
+    yield replace(grads, dtype="fp32", tiles=shipped_grad_tiles(chip, 4), masked=True)
     forward_tiles, backward_tiles = (fly_table(chip, forward).tiles[0] for forward in (True, False))
     nf4 = Build(capability, "nf4_product", forward_tiles, block_size=32, double_quant=False, precision="rounded")
     yield from (nf4, replace(nf4, tiles=backward_tiles, forward=False, block_size=4096, dtype="fp16"))
@@ -183,7 +183,7 @@ def scarce_variants(capability: int, widest: OnePassTiles, wide_fp32: OnePassTil
         group = Build(capability, "group_forward" if forward else "group_input", widest, forward, members=2)
         yield replace(group, precision="rounded")
         yield replace(group, tiles=wide_fp32, dtype="fp32", turned=True)
-    yield Build(capability, "adapter_grads", grad_tiles(chip, 4), dtype="fp32", ieee=True)
+    yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 4), dtype="fp32", ieee=True)
     of_two = Build(capability, "group_grads", group_grad_tiles(chip, 2, 32, False), members=2)
     yield replace(of_two, precision="rounded", dtype="fp16")
     yield replace(of_two, dtype="fp32", tiles=group_grad_tiles(chip, 4, 32, False))
@@ -199,6 +199,6 @@ def amd_builds() -> Iterator[Build]:
     (wide_fp32,) = candidates(chip_of(GFX942), 4, False)
     yield Build(GFX942, "one_pass", wide_fp32, dtype="fp32", rank=64)
     yield Build(GFX942, "group_input", tiles, forward=False, members=2)
-    yield Build(GFX942, "adapter_grads", grad_tiles(chip_of(GFX942), 2))
+    yield Build(GFX942, "adapter_grads", shipped_grad_tiles(chip_of(GFX942), 2))
     yield Build(GFX942, "dequantize", DEQUANTIZE)
     yield Build(GFX942, "gated_backward", GATED)

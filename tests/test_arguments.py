@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_kernels import explain, lora_linear, lora_linear_reference
-from lora_kernels.backends import MAX_RANK
+from lora_kernels.limits import MAX_RANK
 
 
 def arguments(device: torch.device, **changes: Any) -> dict[str, Any]:

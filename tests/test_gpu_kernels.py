@@ -10,7 +10,8 @@ from cases import HAS_GPU, Case
 from graphs import captured
 
 from lora_kernels import LoRALinear, lora_linear
-from lora_kernels.backends.triton.tiles import candidates, chip_of, one_pass_tiles
+from lora_kernels.backends.triton.tiles import candidates, chip_of
+from lora_kernels.backends.triton.tuned import one_pass_tiles
 from lora_kernels.dropout import Dropout, keep_mask
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import LoRALinear, lora_linear_reference
-from lora_kernels.backends import MAX_RANK
+from lora_kernels.limits import MAX_RANK
 
 
 def make(device: torch.device, **options: object) -> LoRALinear:

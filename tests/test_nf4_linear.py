@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRALinear, NF4Weight, compiled, explain, lora_linear, lora_linear_reference, use_backend
-from lora_kernels.backends import BASE_DTYPES, cuda
+from lora_kernels.backends import cuda
 from lora_kernels.dropout import Dropout, drop_threshold, keep_mask
+from lora_kernels.limits import BASE_DTYPES
 
 LEAVES = ("x", "lora_A", "lora_B", "bias")
 

@@ -7,7 +7,8 @@ import torch
 from cases import HAS_GPU, Case
 
 from lora_kernels.backends.triton import launch
-from lora_kernels.backends.triton.tiles import OnePassTiles, chip_of, one_pass_tiles, share_stages, sharers
+from lora_kernels.backends.triton.tiles import OnePassTiles, chip_of, share_stages, sharers
+from lora_kernels.backends.triton.tuned import one_pass_tiles
 
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
 

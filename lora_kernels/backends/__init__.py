@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 # a 16-bit base with float32 accuracy in the branch.
 Precision = Literal["native", "rounded", "split"]
 Scale = float | Tensor
-# What x and the frozen weight may be; adapters and bias may be float32 besides.
-BASE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_RANK = 512
 
 _HAS_FP32_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels.backends import MAX_RANK
 from lora_kernels.functional import lora_linear
 from lora_kernels.integrations.peft_scope import taken
+from lora_kernels.limits import MAX_RANK
 from lora_kernels.weights import Weight
 
 _BASES = (nn.Linear, Conv1D)

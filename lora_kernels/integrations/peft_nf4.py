@@ -11,10 +11,10 @@ from bitsandbytes import nn as bnb_nn
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from lora_kernels.backends import BASE_DTYPES
 from lora_kernels.integrations import peft_layer
 from lora_kernels.integrations.peft_layer import PLAIN, Base, Operands, describe, is_hooked, is_plain, operands_of
 from lora_kernels.integrations.peft_scope import taken
+from lora_kernels.limits import BASE_DTYPES
 from lora_kernels.nf4 import NF4Weight
 
 # bitsandbytes takes a parameter that lost its class for its own: FSDP hands out plain ones.

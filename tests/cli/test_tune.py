@@ -27,12 +27,18 @@ from lora_kernels.backends.triton.tiles import (
     Chip,
     GradTiles,
     OnePassTiles,
-    grad_tiles,
-    one_pass_tiles,
     shipped_grad_tiles,
     shipped_tiles,
 )
-from lora_kernels.backends.triton.tuned import GradEntry, OnePassEntry, TableRefused, TunedTable, read_table
+from lora_kernels.backends.triton.tuned import (
+    GradEntry,
+    OnePassEntry,
+    TableRefused,
+    TunedTable,
+    grad_tiles,
+    one_pass_tiles,
+    read_table,
+)
 from lora_kernels.cli.bench.clock import Times
 from lora_kernels.cli.main import main
 from lora_kernels.cli.tune.search import choose, grad_candidates, one_pass_candidates
@@ -53,10 +59,10 @@ def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     """No table of this machine's user, and none of another test."""
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for cached in (tuned.tuned_table, tiles_module.grad_tiles):
+    for cached in (tuned.tuned_table, tuned.grad_tiles):
         cached.cache_clear()
     yield
-    for cached in (tuned.tuned_table, tiles_module.grad_tiles):
+    for cached in (tuned.tuned_table, tuned.grad_tiles):
         cached.cache_clear()
 
 

@@ -17,12 +17,12 @@ from lora_kernels.backends.triton.tiles import (
     GradTiles,
     OnePassTiles,
     chip_of,
-    grad_tiles,
     rank_block,
     row_parts,
     tail_grad_tiles,
     tail_parts,
 )
+from lora_kernels.backends.triton.tuned import grad_tiles
 from lora_kernels.dropout import Dropout
 
 _launches: dict[tuple[object, ...], Launch] = {}

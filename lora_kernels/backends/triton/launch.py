@@ -18,12 +18,12 @@ from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.tiles import (
     OnePassTiles,
     chip_of,
-    one_pass_tiles,
     rank_block,
     share_out,
     share_stages,
     sharers,
 )
+from lora_kernels.backends.triton.tuned import one_pass_tiles
 from lora_kernels.dropout import Dropout
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

@@ -1,16 +1,12 @@
-"""Tile configurations: which there are, which a chip can run, and which one a problem gets."""
+"""Tile configurations: which there are, which a chip can run, and which one is predicted to be best for a problem."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from lora_kernels.backends.triton.tuned import TunedTable
 
 MAX_PARTS = 8
 
@@ -95,13 +91,6 @@ def candidates(chip: Chip, itemsize: int, use_tma: bool) -> tuple[OnePassTiles, 
     return tuple(t for t in table if t.shared_memory(itemsize) <= chip.shared_memory)
 
 
-def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
-    """The configuration that was measured to be best on this machine, else the one that shipped_tiles predicts."""
-    table = _tuned_table(chip)
-    tuned = None if table is None else table.one_pass_tiles(itemsize, use_tma, M, N)
-    return tuned or shipped_tiles(chip, itemsize, use_tma, M, N)
-
-
 def shipped_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
     """The configuration with the least predicted time: waves of tiles, times a tile's elements, over its rate."""
     return group_tiles(chip, itemsize, use_tma, M, [N])
@@ -117,27 +106,12 @@ def group_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, Ns: Sequence[i
     return min(candidates(chip, itemsize, use_tma), key=cost)
 
 
-def _tuned_table(chip: Chip) -> TunedTable | None:
-    # Its entries are made of the classes of this file.
-    from lora_kernels.backends.triton.tuned import tuned_table
-
-    return tuned_table(chip)
-
-
 def rank_block(rank: int, precision: str) -> int:
     """The columns of one chunk of the rank: a power of two from 16, the least of a tensor core's product, to 64.
 
     Split adapters take four times the shared memory, so theirs stays at 16.
     """
     return 16 if precision == "split" else min(64, max(16, 1 << (rank - 1).bit_length()))
-
-
-@cache
-def grad_tiles(chip: Chip, itemsize: int) -> GradTiles:
-    """The configuration that was measured to be best on this machine, else the shipped one."""
-    table = _tuned_table(chip)
-    tuned = None if table is None else table.grad_tiles(itemsize)
-    return tuned or shipped_grad_tiles(chip, itemsize)
 
 
 def shipped_grad_tiles(chip: Chip, itemsize: int) -> GradTiles:
@@ -218,7 +192,6 @@ def row_parts(chip: Chip, tiles: GradTiles, M: int, blocks: int) -> tuple[int, i
     parts = max(1, min(2 * chip.multiprocessors // blocks, -(-steps // 2), 32))
     rows = -(-steps // parts) * tiles.block_m
     return -(-M // rows), rows
-
 
 
 def tail_grad_tiles(chip: Chip, itemsize: int) -> GradTiles:

@@ -1,6 +1,7 @@
-"""A table of tile configurations that was measured on this machine: what `python -m lora_kernels tune` writes.
+"""Which tile configuration a problem gets: the shipped one, or that of a table which was measured on this machine.
 
-A table that is there is used, or refused with the reason: nobody should wonder which configurations ran.
+The table is what `python -m lora_kernels tune` writes. One that is there is used, or refused with the reason: nobody should
+wonder which configurations ran.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.backends.cache import cache_folder, is_there
-from lora_kernels.backends.triton.tiles import INTERPRETER, Chip, GradTiles, OnePassTiles
+from lora_kernels.backends.triton.tiles import (
+    INTERPRETER,
+    Chip,
+    GradTiles,
+    OnePassTiles,
+    shipped_grad_tiles,
+    shipped_tiles,
+)
 
 FORMAT = 1
 # A file to use instead of the one in the cache directory; empty for none.
@@ -84,6 +92,21 @@ class TunedTable:
         unfinished = path.with_name(path.name + ".new")
         unfinished.write_text(json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n", encoding="utf-8")
         unfinished.replace(path)
+
+
+def one_pass_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> OnePassTiles:
+    """The configuration that was measured to be best on this machine, else the one that shipped_tiles predicts."""
+    table = tuned_table(chip)
+    tuned = None if table is None else table.one_pass_tiles(itemsize, use_tma, M, N)
+    return tuned or shipped_tiles(chip, itemsize, use_tma, M, N)
+
+
+@cache
+def grad_tiles(chip: Chip, itemsize: int) -> GradTiles:
+    """The configuration that was measured to be best on this machine, else the shipped one."""
+    table = tuned_table(chip)
+    tuned = None if table is None else table.grad_tiles(itemsize)
+    return tuned or shipped_grad_tiles(chip, itemsize)
 
 
 def table_path(chip: Chip) -> Path | None:

@@ -4,9 +4,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_kernels.backends import MAX_RANK
 from lora_kernels.cli.arguments import number, whole
 from lora_kernels.cli.errors import UserError
+from lora_kernels.limits import MAX_RANK
 
 ALL_LINEAR = "all-linear"
 # NumPy, which Trainer seeds too, takes no larger one.
