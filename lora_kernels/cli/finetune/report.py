@@ -61,7 +61,8 @@ def _fused_layers(run: Run) -> list[str]:
     fused = reasons.pop(None, 0)
     lines = [f"  fused LoRA layers    {fused} of {len(run.layers)}"]
     lines += [f"    {count} not fused: {reason}" for reason, count in reasons.items()]
-    lines.append(f"  backend              {run.backend}")
+    if fused:
+        lines.append(f"  backend              {run.backend}")
     if torch.cuda.is_available() and native.why_not() == native.NOT_COMPILED:
         lines.append("  launches             from Python; `python -m lora_kernels build` makes short steps faster")
     return lines

@@ -57,7 +57,7 @@ class Run:
     not_saved: str | None = None
     """Why the adapter could not be written."""
     backend: str | None = None
-    """What fused layers run on."""
+    """What a fused layer runs on."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -97,7 +97,7 @@ def execute(job: Job, run: Run, *, fuse: Callable[[PeftModel], dict[str, str | N
         run.loss_before = trainer.evaluate()["eval_loss"]
         run.prompt, run.text_before = _continue_text(model, job)
     run.layers = fuse(model)
-    run.backend = _backend(job.device, weights_dtype) if run.layers else None
+    run.backend = _backend(job.device, weights_dtype)
     try:
         with interrupt:
             _train(trainer, run, job.device)
