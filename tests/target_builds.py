@@ -102,11 +102,16 @@ def tile_builds(capability: int) -> Iterator[Build]:
             plain = Build(capability, "one_pass", tiles, forward)
             yield plain
             # Compiling takes its time: the kernels of 89 are those of 86, and in the tiles that both hold, those of 80.
+            # A stage less needs less of everything; and halves are scarcest of registers in the widest tiles.
             if capability == 89 or (capability == 86 and tiles in candidates(chip_of(80), 2, False)):
                 continue
+            if replace(tiles, num_stages=tiles.num_stages + 1, rate=0.0) in {replace(t, rate=0.0) for t in tables}:
+                continue
             yield replace(plain, masked=True, rank=64)
-            yield replace(plain, precision="split")
-            if not tiles.use_tma:
+            widest = tiles == candidates(chip, 2, tiles.use_tma)[0]
+            if tiles.use_tma or widest:
+                yield replace(plain, precision="split")
+            if widest and not tiles.use_tma:
                 yield replace(plain, precision="split", aligned=False)
             if tiles.use_tma or capability in (80, 86):
                 yield from group_builds(plain)

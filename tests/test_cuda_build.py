@@ -308,7 +308,7 @@ def test_a_run_says_that_it_leaves_the_backend_out(why: str | None, pytestconfig
     shared = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     assert shared is not None
     lines: list[str] = []
-    reporter = SimpleNamespace(write_line=lines.append)
+    reporter = SimpleNamespace(write_line=lines.append, stats={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, "HAS_GPU", True)
         patch.setattr(shared, "_why_no_cuda", lambda: why)
@@ -316,3 +316,19 @@ def test_a_run_says_that_it_leaves_the_backend_out(why: str | None, pytestconfig
         backends = shared._backends()
     assert backends == ["eager", "triton", *(["cuda"] if why is None else [])]
     assert lines == ([] if why is None else [f"NOT TESTED, the cuda backend: {why}"])
+
+
+def test_a_run_says_that_nothing_was_compiled(
+    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    shared = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    assert shared is not None
+    monkeypatch.setattr(shared, "HAS_GPU", False)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    monkeypatch.setenv(NEEDS_NVCC, "0")
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        find_nvcc()
+    lines: list[str] = []
+    reports = [SimpleNamespace(longrepr=("test_cuda_build.py", 30, f"Skipped: {skipped.value}"))]
+    shared.pytest_terminal_summary(SimpleNamespace(write_line=lines.append, stats={"skipped": reports}))
+    assert lines == ["NOT COMPILED, csrc/: there is no nvcc on this machine"]
