@@ -128,7 +128,7 @@ def explain(
     forward, backward = nf4_paths(as_rows(as_matrix(x)), weight)
     if not (x.requires_grad and torch.is_grad_enabled()):
         # The adapters' gradients need no weight.
-        backward = NF4Path("nowhere", "gradients are off" if x.requires_grad else "x needs no gradient")
+        backward = NF4Path("nowhere", "x needs no gradient" if torch.is_grad_enabled() else "gradients are off")
     return replace(choice, nf4_paths=(forward, backward))
 
 

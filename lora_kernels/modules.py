@@ -300,10 +300,11 @@ class LoRALinear(nn.Module):
         if isinstance(self.weight, NF4Weight):
             # What is wrong with one of a layer's tensors keeps all of them out.
             own = {prefix + name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+            shapes = {name: list(getattr(state_dict[name], "shape", ())) for name in own if name in state_dict}
             misfits = [
-                f"state[{name!r}] was {list(state_dict[name].shape)}, but must be {list(parameter.shape)}"
-                for name, parameter in own.items()
-                if name in state_dict and state_dict[name].shape != parameter.shape
+                f"state[{name!r}] was {shape}, but must be {list(own[name].shape)}"
+                for name, shape in shapes.items()
+                if shape != list(own[name].shape)
             ]
             if misfits:
                 error_msgs += misfits

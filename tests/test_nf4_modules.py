@@ -209,14 +209,17 @@ def test_damaged_state_is_named_and_nothing_of_the_layer_loaded(key: str, device
     assert torch.equal(layer(x), y)
 
 
+@pytest.mark.parametrize("shaped", [True, False])
 @pytest.mark.parametrize("name", ["lora_A", "lora_B", "bias"])
-def test_a_wrong_entry_beside_the_weight_keeps_all_of_the_layer_out(name: str, device: torch.device) -> None:
+def test_a_wrong_entry_beside_the_weight_keeps_all_of_the_layer_out(
+    name: str, shaped: bool, device: torch.device
+) -> None:
     layer = make(device, bias=True)
     torch.manual_seed(1)
     other = LoRALinear(K, N, r=4, alpha=8, quantize="nf4", bias=True, device=device)
     before, state = {key: value.clone() for key, value in layer.state_dict().items()}, other.state_dict()
-    state[name] = state[name][:1]
-    with pytest.raises(RuntimeError, match=rf"state\['{name}'\] was \[1"):
+    state[name] = state[name][:1] if shaped else 1.0
+    with pytest.raises(RuntimeError, match=rf"state\['{name}'\] was \[{'1' if shaped else ''}"):
         layer.load_state_dict(state)
     for key, value in layer.state_dict().items():
         assert torch.equal(value, before[key]), key

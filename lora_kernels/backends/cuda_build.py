@@ -35,6 +35,7 @@ _PACKAGE = Path(__file__).parents[1]
 # An extension can be initialized once in a process.
 _loaded: dict[Path, ModuleType] = {}
 _loading = threading.Lock()
+_path = threading.Lock()
 
 
 def source_folder() -> Path:
@@ -213,17 +214,16 @@ def programs_found() -> Iterator[None]:
 
     PyTorch looks for ninja there alone.
     """
-    before = os.environ.get("PATH")
     schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
-    added = [sysconfig.get_path("scripts", scheme) for scheme in schemes]
-    os.environ["PATH"] = os.pathsep.join([os.defpath if before is None else before, *added])
+    added = os.pathsep.join(["", *(sysconfig.get_path("scripts", scheme) for scheme in schemes)])
+    # Threads may overlap here: each takes away what it has added, and what another has added stays.
+    with _path:
+        os.environ["PATH"] = os.environ.get("PATH", os.defpath) + added
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PATH"]
-        else:
-            os.environ["PATH"] = before
+        with _path:
+            os.environ["PATH"] = os.environ["PATH"].removesuffix(added)
 
 
 @contextmanager

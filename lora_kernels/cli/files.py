@@ -23,10 +23,11 @@ def require_writable(folder: Path, size: int = 0) -> None:
     """
     with writing(f"--out {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < size + _PROBE_BYTES:
-            needed = f"{(size + _PROBE_BYTES) / 2**20:.0f} MiB"
-            raise UserError(f"--out {folder}: there is room for {free / 2**20:.0f} MiB, and {needed} are needed")
+        disk = shutil.disk_usage(folder)
+        # Some file systems tell nothing.
+        if disk.total and disk.free < size:
+            room, needed = f"{disk.free / 2**20:.0f} MiB", f"{size / 2**20:.0f} MiB"
+            raise UserError(f"--out {folder}: there is room for {room}, and {needed} are needed")
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_PROBE_BYTES))
             file.flush()

@@ -130,6 +130,14 @@ def test_medians_of_many_samples_are_better_known_than_one_sample() -> None:
     assert compare(before, results(floor, replace(triton, times=few))).worse == []
 
 
+def test_what_has_figures() -> None:
+    """A model that is interrupted while it is prepared is an entry, and no figure."""
+    begun = replace(model("triton", 1.0), times=None, peak_bytes=None, reason="interrupted before its first step")
+    assert not results(models=(begun,)).has_figures
+    assert results(models=(begun, model("peft", 1e6))).has_figures
+    assert results(measurement("frozen", 800.0)).has_figures
+
+
 def test_a_figure_that_is_gone_is_worse() -> None:
     before = results(measurement("frozen", 800.0), measurement("triton", 880.0))
     now = results(measurement("frozen", 800.0), measurement("triton", 0.0, times=None, reason="wrong answer: dA"))

@@ -339,7 +339,7 @@ def test_interrupt_before_training(model_dir: Path, text: Path, tmp_path: Path) 
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert not (out / "adapter_model.safetensors").exists()
-    assert "none: interrupted before training" in stdout
+    assert "none: interrupted before the first step" in stdout
 
 
 @pytest.mark.parametrize(("gpu", "compiled"), [(True, False), (True, True), (False, False)])
@@ -369,25 +369,27 @@ def test_a_disk_that_is_full_when_the_adapter_is_saved(
 def test_a_disk_without_room_for_the_adapter(
     model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 40, free=3 << 20))
     assert main(_options(model_dir, text, tmp_path / "out", "--rank", 512)) == 2
-    # 4 MiB of float32 numbers, and as much for the rest.
-    assert "there is room for 5 MiB, and 8 MiB are needed" in capsys.readouterr().err
+    assert "there is room for 3 MiB, and 4 MiB are needed" in capsys.readouterr().err
 
 
-def test_interrupt_before_training_leaves_earlier_results(
-    model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["load_model", "_continue_text", "_train"])
+def test_interrupt_before_a_step_leaves_earlier_results(
+    where: str, model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "results.json").write_text("{}")
+    earlier = [out / name for name in ("results.json", "loss.png", "adapter_model.safetensors")]
+    for path in earlier:
+        path.write_text("{}")
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "load_model", interrupted)
+    monkeypatch.setattr(training, where, interrupted)
     assert main(_options(model_dir, text, out, "--steps", 2)) == 130
-    assert (out / "results.json").read_text() == "{}"
+    assert [path.read_text() for path in earlier] == ["{}"] * 3
 
 
 def test_damaged_weights_are_one_line(

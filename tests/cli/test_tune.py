@@ -315,6 +315,10 @@ def test_a_second_run_keeps_what_the_first_measured(
     # What is measured again is replaced.
     assert main([*tune, "17x64x40", "--dtype", "float16"]) == 0
     assert len(read_table(path, INTERPRETER).one_pass) == 4
+    # So it is where the earlier run was interrupted.
+    replace(both, made=f"{both.made}, interrupted after 1 of 2 cases, with 3 choices made").write(path)
+    assert main([*tune, "17x64x40", "--dtype", "float16"]) == 0
+    assert len(read_table(path, INTERPRETER).one_pass) == 4
     # Other versions make other kernels.
     replace(both, made="2026-01-01, lora_kernels 0.0.1, triton 3.0.0").write(path)
     assert main([*tune, "17x64x40", "--dtype", "float16"]) == 0

@@ -15,7 +15,7 @@ from lora_kernels.cli.errors import UserError
 
 # Two runs of the same thing differ by about as much even where samples within a run do not.
 LEAST_NOISE = 0.01
-# Worse by chance is then one figure in several hundred.
+# Worse by chance is then one figure in several hundred, from about five samples on.
 _DEVIATIONS = 3.0
 # The allocator hands memory out in blocks of 2 MiB.
 _MEMORY_NOISE = 2 << 20

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         require_comparable(baseline, results.environment)
     try:
         _measure(options, results)
-        if results.interrupted and not (results.measurements or results.models):
+        if results.interrupted and not results.has_figures:
             print(f"nothing was finished; {options.out} is as it was")
             return EXIT_INTERRUPTED
         results.write(options.out)

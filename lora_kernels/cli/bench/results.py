@@ -109,6 +109,12 @@ class Results:
     interrupted: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def has_figures(self) -> bool:
+        """Whether anything was measured: a model that was interrupted before its first step has neither."""
+        figures: list[Measurement | ModelMeasurement] = [*self.measurements, *self.models]
+        return any(figure.times is not None or figure.peak_bytes is not None for figure in figures)
+
     def note_gpu(self, when: str) -> None:
         """Remembers clocks, power and temperature of this moment."""
         self.gpu_states.append({"when": when} | gpu_state())

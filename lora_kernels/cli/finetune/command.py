@@ -153,9 +153,9 @@ def _report(options: Options, runs: list["Run"]) -> None:
         print(report.summary(run), end="\n\n")
     if len(runs) == 2:
         print(report.comparison(*runs), end="\n\n")
-    if runs[0].loss_before is None:
-        # Interrupted so early that there is nothing to put in the place of an earlier run's.
-        print("adapter      none: interrupted before training")
+    if runs[0].interrupted and not runs[0].steps:
+        # There is nothing to put in the place of an earlier run's.
+        print("adapter      none: interrupted before the first step")
         return
     if runs[0].not_saved is not None:
         raise UserError(f"--out {options.out}: the adapter cannot be written ({runs[0].not_saved})")
@@ -164,7 +164,7 @@ def _report(options: Options, runs: list["Run"]) -> None:
         plot.write_plot(runs, options.out / PLOT_FILE)
     print(f"loss curve   {options.out / PLOT_FILE}")
     print(f"results      {options.out / RESULTS_FILE}")
-    print(f"adapter      {options.out if runs[0].saved else 'none: interrupted before training'}")
+    print(f"adapter      {options.out}")
 
 
 def _say(message: str) -> None:

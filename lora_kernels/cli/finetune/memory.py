@@ -28,7 +28,7 @@ def peak_bytes(device: torch.device) -> int:
     for line in lines:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    # Windows has none.
+    # A module that Windows lacks.
     import resource
 
     # Linux and the BSDs count in KiB, macOS in bytes.

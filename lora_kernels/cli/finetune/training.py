@@ -104,7 +104,7 @@ def execute(job: Job, run: Run, *, fuse: Callable[[PeftModel], dict[str, str | N
         run.interrupted = interrupt.stopped
     except KeyboardInterrupt:
         run.interrupted = True
-    if save:
+    if save and run.steps:
         _save(model, options, run)
     if not run.interrupted:
         if run.layers:

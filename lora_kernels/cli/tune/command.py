@@ -91,8 +91,8 @@ def _earlier_table(path: Path, table: TunedTable) -> TunedTable | None:
         earlier = read_table(path, table.chip)
     except TableRefused:
         return None
-    # After the date, "made" has the versions.
-    return earlier if earlier.made.partition(", ")[2] == table.made.partition(", ")[2] else None
+    # After the date, "made" has two versions, and then how much there is of an interrupted run.
+    return earlier if earlier.made.split(", ")[1:3] == table.made.split(", ")[1:3] else None
 
 
 def _keep_interrupted(tuning: Tuning, path: Path) -> int:
