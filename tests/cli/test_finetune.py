@@ -392,6 +392,17 @@ def test_interrupt_before_a_step_leaves_earlier_results(
     assert [path.read_text() for path in earlier] == ["{}"] * 3
 
 
+def test_interrupt_while_the_adapter_is_saved(
+    model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", interrupted)
+    assert main(_options(model_dir, text, tmp_path / "out", "--steps", 2)) == 130
+    assert "adapter      none: interrupted while it was saved" in capsys.readouterr().out
+
+
 def test_damaged_weights_are_one_line(
     model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

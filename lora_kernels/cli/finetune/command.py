@@ -164,7 +164,7 @@ def _report(options: Options, runs: list["Run"]) -> None:
         plot.write_plot(runs, options.out / PLOT_FILE)
     print(f"loss curve   {options.out / PLOT_FILE}")
     print(f"results      {options.out / RESULTS_FILE}")
-    print(f"adapter      {options.out}")
+    print(f"adapter      {options.out if runs[0].saved else 'none: interrupted while it was saved'}")
 
 
 def _say(message: str) -> None:

@@ -28,7 +28,7 @@ def peak_bytes(device: torch.device) -> int:
     for line in lines:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    # A module that Windows lacks.
+    # Here, because Windows has no such module, and a GPU's memory needs none.
     import resource
 
     # Linux and the BSDs count in KiB, macOS in bytes.
