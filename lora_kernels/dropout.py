@@ -38,6 +38,8 @@ class Dropout:
 
     p: float
     seed: Tensor
+    # The mask as the Triton backend's kernels read it, once it has been drawn.
+    bits: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     _mask: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @staticmethod

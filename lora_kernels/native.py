@@ -83,7 +83,7 @@ def learn_linear(
     constants = (backend, p, precision, lora_A.dtype, None if bias is None else bias.dtype, _form(weight))
     extension = _extension()
     assert extension is not None
-    launches = _handed_over(made, *_products("one_pass", weight))
+    launches = _handed_over(made, *_products("one_pass", p, weight))
     extension.learn_linear(*given, launches, inverse_keep(p) if p else 1.0, constants)
 
 
@@ -107,10 +107,10 @@ def learn_group(
     constants = (plan, p, first.lora_A.dtype, [_form(weight) for weight in weights])
     if isinstance(plan, GatedPlan):
         learn = extension.learn_gated
-        ways = product(_products("group_forward", *weights[:2]), _products("one_pass", weights[2]))
+        ways = product(_products("group_forward", p, *weights[:2]), _products("one_pass", p, weights[2]))
         names = [[*sharing, "gated_forward", *down] for sharing, down in ways]
     else:
-        learn, names = extension.learn_group, _products("group_forward", *weights)
+        learn, names = extension.learn_group, _products("group_forward", p, *weights)
     learn(*given, _handed_over(made, *names), inverse_keep(p) if p else 1.0, constants)
 
 
@@ -132,7 +132,8 @@ def _backward(
     wanted, saved = Needs(*needs), _saved_layer(form, weight, lora_A, lora_B, s, seed)._replace(x=x)
     with noting(learn, backend, dy) as made:
         gradients = backward_of(backend, wanted, saved, dy, scale, p, precision, adapter_dtype, bias_dtype)
-    names, adapters = _decoding(saved.weight) if wanted.x else [], wanted.lora_A or wanted.lora_B
+    names = [*_decoding(saved.weight), *_drawing(p, 1)] if wanted.x else []
+    adapters = wanted.lora_A or wanted.lora_B
     product, grads = ["one_pass"] if wanted.x else [], ["adapter_grads"] if adapters else []
     ways = [[*names, *product, *grads], [*names, "backward"]]
     return (*gradients, None if made is None else _handed_over(made, *ways))
@@ -160,13 +161,15 @@ def _group_backward(
     precisions = (*group.precisions, plan.precision) if isinstance(plan, GatedPlan) else group.precisions
     settled = [Constants(scale, p, own, adapter_dtype, None) for scale, own in zip(scales, precisions, strict=True)]
     saved = GroupSaved(shared[-1], tuple(kept[: len(group.backends)]))
-    names = [*_decoding(*weights[: len(group.backends)]), "group_input", "group_grads"]
+    count = len(group.backends)
+    names = [*_decoding(*weights[:count]), *_drawing(p, count), "group_input", "group_grads"]
     with noting(learn, group.backends[0], shared[-1]) as made:
         if isinstance(plan, GatedPlan):
             (g, u, _), dy = shared, dys[0]
             assert dy is not None
             dx, gradients = autograd_gated.backward(plan, needs, saved, kept[2], g, u, dy, settled)
-            names = [*_decoding(weights[2]), "one_pass", "gated_backward", "adapter_grads", *names]
+            before = [*_decoding(weights[2]), *_drawing(p, 1), "one_pass", "gated_backward", "adapter_grads"]
+            names = [*before, *names]
         else:
             dx, gradients = autograd_group.backward(plan, needs, saved, dys, settled)
     adapters = [t for dA, dB, _ in gradients for t in (dA, dB)]
@@ -191,11 +194,17 @@ def _decoding(*weights: Weight | None) -> list[str]:
     return ["dequantize" for weight in weights if isinstance(weight, NF4Weight)]
 
 
-def _products(name: str, *weights: Weight | None) -> list[list[str]]:
+def _drawing(p: float, count: int) -> list[str]:
+    """The launches that draw the masks of so many layers."""
+    return ["mask"] * count if p else []
+
+
+def _products(name: str, p: float, *weights: Weight | None) -> list[list[str]]:
     """The launches that a forward's product with these weights may be: one, or, with NF4 weights, one for each."""
     decoding = _decoding(*weights)
-    together = [[*decoding, name]]
-    return together if len(decoding) < len(weights) else [*together, [_DECODES] * len(weights)]
+    together = [[*decoding, *_drawing(p, len(weights)), name]]
+    each = [*_drawing(p, 1), _DECODES]
+    return together if len(decoding) < len(weights) else [*together, each * len(weights)]
 
 
 def _handed_over(made: list[Launch], *ways: list[str]) -> list[Any] | None:
@@ -216,6 +225,7 @@ def _in_cpp(launch: Launch) -> Any:
     parameters = [tuple(parameter) for parameter in kernel.parameters]
     return extension.Launch(
         kernel.function,
+        kernel.context,
         bound.grid,
         kernel.threads,
         kernel.shared,
@@ -269,6 +279,7 @@ def _functions() -> list[Any]:
         driver.cuLaunchKernel,
         driver.cuTensorMapEncodeTiled,
         driver.cuStreamIsCapturing,
+        driver.cuCtxSetCurrent,
         pytorch.aoti_torch_get_current_cuda_stream,
     ]
 

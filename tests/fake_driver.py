@@ -24,7 +24,11 @@ _ENCODE = ctypes.CFUNCTYPE(
 )
 _PARAMETER_INFO = ctypes.CFUNCTYPE(_INT, _ADDRESS, _SIZE, _POINTER(_SIZE), _POINTER(_SIZE))
 _IS_CAPTURING = ctypes.CFUNCTYPE(_INT, _ADDRESS, _POINTER(_INT))
+_SET_CONTEXT = ctypes.CFUNCTYPE(_INT, _ADDRESS)
+_GET_CONTEXT = ctypes.CFUNCTYPE(_INT, _POINTER(_ADDRESS))
 _CURRENT_STREAM = ctypes.CFUNCTYPE(_INT, ctypes.c_int32, _POINTER(_ADDRESS))
+# What the kernels are loaded into.
+CONTEXT = 0xC0
 _MAP = struct.Struct("<QQQQII")
 _FORMATS = {"i32": ("<i", 4), "fp32": ("<f", 4), "*": ("<Q", 8)}
 
@@ -101,24 +105,35 @@ class FakeDriver:
         self.launches: list[Launched] = []
         self.encoded = 0
         self.capturing = False
-        self.one_pass = FakeKernel(self, "one_pass", (12, 13, 14, 18, 19, 20, 21))
-        self.adapter_grads = FakeKernel(self, "adapter_grads", (9, 10, 16, 17))
-        self.backward = FakeKernel(self, "backward", (16, 17, 18, *range(22, 28)))
-        self.group_forward = FakeKernel(self, "group_forward", (30, 31, 32, 40, 41, 42))
-        self.group_input = FakeKernel(self, "group_input", (27, 28, 29, 37, 38, 39, 40, 41))
-        self.group_grads = FakeKernel(self, "group_grads", (21, 22, 37, 38))
+        # The context that is current; 0 in a thread that has not called CUDA yet.
+        self.context = CONTEXT
+        self.mask = FakeKernel(self, "mask", (2, 3))
+        self.one_pass = FakeKernel(self, "one_pass", (12, 13, 17, 18, 19, 20))
+        self.adapter_grads = FakeKernel(self, "adapter_grads", (9, 15, 16))
+        self.backward = FakeKernel(self, "backward", (16, 17, *range(21, 27)))
+        self.group_forward = FakeKernel(self, "group_forward", (30, 31, 39, 40, 41))
+        self.group_input = FakeKernel(self, "group_input", (27, 28, 36, 37, 38, 39, 40))
+        self.group_grads = FakeKernel(self, "group_grads", (21, 36, 37))
         self.gated_forward = FakeKernel(self, "gated_forward", ())
         self.gated_backward = FakeKernel(self, "gated_backward", ())
         self.dequantize = FakeKernel(self, "dequantize", ())
-        self.nf4_product = FakeKernel(self, "nf4_product", (16, 17, 21, 22))
+        self.nf4_product = FakeKernel(self, "nf4_product", (16, 20, 21))
         self.cuLaunchKernel = _LAUNCH(self._launch)
         self.cuTensorMapEncodeTiled = _ENCODE(self._encode)
         self.cuFuncGetParamInfo = _PARAMETER_INFO(self._parameter_info)
         self.cuStreamIsCapturing = _IS_CAPTURING(self._is_capturing)
+        self.cuCtxSetCurrent = _SET_CONTEXT(self._set_context)
+        self.cuCtxGetCurrent = _GET_CONTEXT(self._get_context)
         self.current_stream = _CURRENT_STREAM(self._current_stream)
 
     def addresses(self) -> list[int | None]:
-        functions = (self.cuLaunchKernel, self.cuTensorMapEncodeTiled, self.cuStreamIsCapturing, self.current_stream)
+        functions = (
+            self.cuLaunchKernel,
+            self.cuTensorMapEncodeTiled,
+            self.cuStreamIsCapturing,
+            self.cuCtxSetCurrent,
+            self.current_stream,
+        )
         return [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
 
     def compute(self, compiled: Compiled, values: dict[int, Any], stream: int) -> None:
@@ -127,6 +142,8 @@ class FakeDriver:
         KERNELS[compiled.name](compiled.dtypes, compiled.options, arguments)
 
     def _launch(self, function: int, *others: Any) -> int:
+        if self.context != CONTEXT:
+            return 201
         *_, stream, parameters, _ = others
         compiled, values, position = self.kernels[function - 1], {}, 0
         for index, kind in enumerate(compiled.signature.values()):
@@ -167,6 +184,14 @@ class FakeDriver:
         if index >= len(sizes):
             return 1
         size[0] = sizes[index]
+        return 0
+
+    def _set_context(self, context: int | None) -> int:
+        self.context = context or 0
+        return 0
+
+    def _get_context(self, context: Any) -> int:
+        context[0] = self.context
         return 0
 
     def _is_capturing(self, stream: int, status: Any) -> int:

@@ -71,6 +71,7 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
         group_launch,
         launch,
         launches,
+        mask_launch,
         nf4_launch,
     )
     from lora_kernels.backends.triton.tiles import Chip
@@ -85,6 +86,8 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
     monkeypatch.setattr(direct, "_driver", lambda: driver)
     chip = Chip((9, 0), 132, 232448, True)
     for module, name, value in (
+        (mask_launch, "mask_kernel", driver.mask),
+        (mask_launch, "_launches", {}),
         (launch, "one_pass_kernel", driver.one_pass),
         (backward_launch, "adapter_grads_kernel", driver.adapter_grads),
         (backward_launch, "backward_kernel", driver.backward),

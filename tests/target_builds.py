@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from lora_kernels.backends import Activation, Precision
 from lora_kernels.backends.triton.group_launch import MOST_MEMBERS
+from lora_kernels.backends.triton.mask_launch import MASK_BLOCK
 from lora_kernels.backends.triton.nf4_launch import DEQUANTIZE_BLOCK
 from lora_kernels.backends.triton.nf4_tiles import NF4Tiles, fly_table
 from lora_kernels.backends.triton.tiles import (
@@ -35,7 +36,7 @@ class PlainBlock:
     num_stages: int = 1
 
 
-DEQUANTIZE, GATED = PlainBlock(DEQUANTIZE_BLOCK), PlainBlock(1024)
+MASK, DEQUANTIZE, GATED = PlainBlock(MASK_BLOCK), PlainBlock(DEQUANTIZE_BLOCK), PlainBlock(1024)
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def tile_builds(capability: int) -> Iterator[Build]:
             if capability != 89:
                 yield replace(plain, masked=True, rank=64)
                 yield replace(plain, precision="split", aligned=False)
+    yield Build(capability, "mask", MASK)
     yield Build(capability, "dequantize", DEQUANTIZE)
     yield Build(capability, "dequantize", DEQUANTIZE, aligned=False)
     for kernel, activation in (("gated_forward", "silu"), ("gated_backward", "silu"), ("gated_backward", "gelu_tanh")):
@@ -205,5 +207,6 @@ def amd_builds() -> Iterator[Build]:
     yield Build(GFX942, "one_pass", wide_fp32, dtype="fp32", rank=64)
     yield Build(GFX942, "group_input", tiles, forward=False, members=2)
     yield Build(GFX942, "adapter_grads", shipped_grad_tiles(chip_of(GFX942), 2))
+    yield Build(GFX942, "mask", MASK)
     yield Build(GFX942, "dequantize", DEQUANTIZE)
     yield Build(GFX942, "gated_backward", GATED)

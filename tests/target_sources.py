@@ -17,6 +17,7 @@ from lora_kernels.backends.triton.group_grads import group_grads_kernel
 from lora_kernels.backends.triton.group_input import group_input_kernel
 from lora_kernels.backends.triton.group_launch import MOST_MEMBERS
 from lora_kernels.backends.triton.group_operands import up_block
+from lora_kernels.backends.triton.mask import mask_kernel
 from lora_kernels.backends.triton.nf4 import dequantize_kernel
 from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
@@ -24,6 +25,7 @@ from lora_kernels.backends.triton.tiles import rank_block, share_stages, tail_gr
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 KERNELS = {
+    "mask": mask_kernel,
     "one_pass": one_pass_kernel,
     "adapter_grads": adapter_grads_kernel,
     "backward": backward_kernel,
@@ -40,6 +42,7 @@ KERNELS = {
 def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
     kernel = KERNELS[build.kernel]
     arguments = {
+        "mask": _mask,
         "one_pass": _one_pass,
         "adapter_grads": _adapter_grads,
         "backward": _backward,
@@ -54,7 +57,7 @@ def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
     constants, types = arguments[build.kernel](build)
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    numbers = {"N", "K", "elements", "packed_bytes"}
+    numbers = {"N", "K", "columns", "elements", "packed_bytes"}
     numbers |= {f"{letter}{i}" for letter in ("N", "R", "RA", "RB") for i in range(MOST_MEMBERS)}
     aligned = [n for n in names if signature[n].startswith("*") or n.startswith("stride") or n in numbers]
     if not build.aligned:
@@ -72,6 +75,11 @@ def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
     return ASTSource(kernel, signature, keyed, attributes), options
 
 
+def _mask(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    assert isinstance(build.tiles, PlainBlock)
+    return {"BELOW_HALF": True, "BLOCK": build.tiles.block}, {"seed_ptr": "*i64", "bits_ptr": "*i32"}
+
+
 def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     tiles = build.tiles
     assert isinstance(tiles, OnePassTiles)
@@ -87,23 +95,23 @@ def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "RANK_CHUNKS": -(-build.rank // block_r),
         "RANK_ALIGN": 8,
         "DOWN_ALIGN": 1 if build.forward else 8,
-        "ALONE": build.alone and not build.masked and build.precision != "split",
+        "ALONE": build.alone and build.precision != "split" and not (build.masked and build.forward),
         "SHARE_STAGES": share_stages(tiles, block_r),
         "W_IS_NK": build.forward != build.turned,
         "MASK_X": build.masked and build.forward,
         "MASK_OUT": mask_out,
-        "HAS_BIAS": build.masked,
+        "HAS_BIAS": build.masked and build.forward,
         "SPLIT": build.precision == "split",
         "PRECISION": "ieee" if build.ieee else "tf32",
         "USE_TMA": tiles.use_tma,
         "DTYPE": DTYPES[build.dtype],
-        "FLATTEN": tiles.use_tma and not mask_out,
+        "FLATTEN": tiles.use_tma,
         "scale_ptr": None,
         "stride_dk" if build.forward else "stride_dr": 1,
         "stride_ur" if build.forward else "stride_un": 1,
     }
     if not build.masked:
-        constants |= {"seed_ptr": None, "bias_ptr": None}
+        constants |= {"mask_ptr": None, "bias_ptr": None}
     types = {
         "down_ptr": _adapter(build),
         "up_ptr": _adapter(build),
@@ -111,7 +119,7 @@ def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "bias_ptr": _adapter(build),
         "workspace_ptr": "*fp32",
         "sync_ptr": "*i32",
-        "seed_ptr": "*i64",
+        "mask_ptr": "*i32",
         "scale": "fp32",
     }
     w = f"{n}, {k}" if build.forward != build.turned else f"{k}, {n}"
@@ -135,10 +143,10 @@ def _adapter_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "PRECISION": "ieee" if build.ieee else "tf32",
     }
     if not build.masked:
-        constants["seed_ptr"] = None
+        constants["mask_ptr"] = None
     types = {"x_ptr": f"*{build.dtype}", "dy_ptr": f"*{build.dtype}", "t_ptr": _branch(build), "s_ptr": _branch(build)}
     types |= {"dA_ptr": _adapter(build), "dB_ptr": _adapter(build)}
-    return constants, types | {"workspace_ptr": "*fp32", "sync_ptr": "*i32", "seed_ptr": "*i64"}
+    return constants, types | {"workspace_ptr": "*fp32", "sync_ptr": "*i32", "mask_ptr": "*i32"}
 
 
 def _backward(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
@@ -194,11 +202,11 @@ def _group(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         each["bias{}_ptr"] = _adapter(build) if build.masked else None
     else:
         columns = block_r * chunks * build.members
-        constants |= {"MASKED": build.masked, "FLATTEN": tiles.use_tma and not build.masked}
+        constants |= {"MASKED": build.masked, "FLATTEN": tiles.use_tma}
         constants["BLOCK_U"] = up_block(columns, build.precision)
         single["out_ref"] = (m, n // 2)
         each |= {"dy{}_ref": (m, k), "t{}_ptr": _branch(build)}
-    each |= {"seed{}_ptr": "*i64" if build.masked else None, "scale{}_ptr": None, "scale{}": "fp32"}
+    each |= {"mask{}_ptr": "*i32" if build.masked else None, "scale{}_ptr": None, "scale{}": "fp32"}
     types = {"workspace_ptr": "*fp32", "sync_ptr": "*i32"}
     for name, kind in (single | _of_members(each, build.members)).items():
         if kind is None:
@@ -225,7 +233,7 @@ def _group_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     each: dict[str, Any] = {f"{name}{{}}_ptr": _branch(build) for name in ("t", "s")}
     each |= {f"{name}{{}}_ptr": _adapter(build) for name in ("dA", "dB")} | {"dy{}_ptr": f"*{build.dtype}"}
     types = {"x_ptr": f"*{build.dtype}", "workspace_ptr": "*fp32", "sync_ptr": "*i32"}
-    for name, kind in _of_members(each | {"seed{}_ptr": "*i64" if build.masked else None}, build.members).items():
+    for name, kind in _of_members(each | {"mask{}_ptr": "*i32" if build.masked else None}, build.members).items():
         if kind is None:
             constants[name] = None
         else:
@@ -271,7 +279,7 @@ def _nf4_product(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "stride_ur" if build.forward else "stride_uc": 1,
     }
     if not build.masked:
-        constants |= {"seed_ptr": None, "bias_ptr": None}
+        constants |= {"mask_ptr": None, "bias_ptr": None}
     types |= {
         "x_ptr": f"*{build.dtype}",
         "words_ptr": "*i32",
@@ -281,7 +289,7 @@ def _nf4_product(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "bias_ptr": _adapter(build),
         "workspace_ptr": "*fp32",
         "sync_ptr": "*i32",
-        "seed_ptr": "*i64",
+        "mask_ptr": "*i32",
         "scale": "fp32",
     }
     return constants, types

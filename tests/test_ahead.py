@@ -120,17 +120,20 @@ def _compiled(script: str, cache: Path) -> list[list[Any]]:
 
 
 def _ahead(*names: str) -> list[list[Any]]:
-    """Those kernels on other threads, and the first of them in this one as well: the forward."""
+    """Those kernels on other threads, but for the first, the forward's, in this one; the mask's is for both."""
     return sorted([[name, True, False] for name in names[1:]] + [[names[0], False, False]])
 
 
 @pytest.mark.parametrize(
     ("script", "names"),
     [
-        (LAYER, ["one_pass_kernel", "one_pass_kernel", "adapter_grads_kernel"]),
+        (LAYER, ["one_pass_kernel", "mask_kernel", "one_pass_kernel", "adapter_grads_kernel"]),
         # And what a gated MLP has in its place.
-        (ONE_LAUNCH + LAYER, ["one_pass_kernel", "backward_kernel", "one_pass_kernel", "adapter_grads_kernel"]),
-        (GROUP, ["group_forward_kernel", "group_input_kernel", "group_grads_kernel"]),
+        (
+            ONE_LAUNCH + LAYER,
+            ["one_pass_kernel", "mask_kernel", "backward_kernel", "one_pass_kernel", "adapter_grads_kernel"],
+        ),
+        (GROUP, ["group_forward_kernel", "mask_kernel", "group_input_kernel", "group_grads_kernel"]),
     ],
     ids=["layer", "layer in one launch", "group"],
 )
@@ -190,11 +193,12 @@ assert len(compiled) == begun + 1
 
 
 def test_a_forward_that_no_backward_follows_is_compiled_alone(tmp_path: Path) -> None:
-    assert _compiled(NO_GPU + "want_s = False" + LAYER, tmp_path) == _ahead("one_pass_kernel")
+    here = [[name, False, False] for name in ("mask_kernel", "one_pass_kernel")]
+    assert _compiled(NO_GPU + "want_s = False" + LAYER, tmp_path) == here
 
 
 def test_without_room_for_a_rehearsal_each_kernel_is_compiled_where_it_is_launched(tmp_path: Path) -> None:
-    here = [[name, False, False] for name in ("adapter_grads_kernel", "one_pass_kernel", "one_pass_kernel")]
+    here = [[name, False, False] for name in ("adapter_grads_kernel", "mask_kernel", *["one_pass_kernel"] * 2)]
     assert _compiled(NO_GPU + NO_ROOM + "want_s = True" + LAYER, tmp_path) == here
 
 

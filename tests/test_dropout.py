@@ -48,6 +48,22 @@ def test_the_mask_is_the_specified_one(seed: int, rows: int, columns: int, p: fl
     assert torch.equal(mask.cpu(), specified_mask(seed, rows, columns, p))
 
 
+@pytest.mark.parametrize("p", [1e-9, 0.0001, 0.1, 0.4999, 0.5, 0.5001, 0.9, 0.9999, 1.0])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 17), (5, 64), (17, 200), (130, 513)])
+def test_the_bits_that_kernels_read(rows: int, columns: int, p: float, device: torch.device) -> None:
+    pytest.importorskip("triton")
+    from lora_kernels.backends.triton.mask_launch import bits_of
+
+    draw = Dropout(p, torch.tensor([0x0123456789ABCDEF], device=device))
+    bits = bits_of(draw, rows, columns)
+    assert bits is not None
+    k = torch.arange(columns, device=device)
+    kept = bits[:, k // 32] >> (16 * (k % 2) + k % 32 // 2) & 1
+    assert torch.equal(kept == 1, keep_mask(draw.seed, rows, columns, p))
+    assert bits_of(draw, rows, columns) is bits, "dx and dA of one backward share it"
+    assert bits_of(None, rows, columns) is None
+
+
 def test_a_mask_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     seed = torch.tensor([77])
     whole = keep_mask(seed, 50, 33, 0.3)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 from cases import HAS_GPU, Case
 from graphs import captured
+from torch import Tensor
 
-from lora_kernels import LoRALinear, lora_linear
+from lora_kernels import LoRALinear, NF4Weight, lora_linear
 from lora_kernels.backends.triton.tiles import candidates, chip_of
 from lora_kernels.backends.triton.tuned import one_pass_tiles
 from lora_kernels.dropout import Dropout, keep_mask
@@ -18,7 +20,8 @@ pytestmark = pytest.mark.gpu
 
 if HAS_GPU:
     from lora_kernels.backends import sync
-    from lora_kernels.backends.triton import launch, launches
+    from lora_kernels.backends.triton import launch, launches, nf4_launch
+    from lora_kernels.backends.triton.mask_launch import bits_of
     from lora_kernels.backends.triton.one_pass import one_pass_kernel
 
 
@@ -161,6 +164,27 @@ def test_direct_launches_give_the_bits_of_tritons_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(launches, "_has_hooks", lambda: True)
     for value, want in zip(direct, forward(case), strict=True):
         assert torch.equal(value, want)
+
+
+@pytest.mark.parametrize("kernel", ["mask", "dequantize"])
+def test_the_first_call_to_cuda_of_a_thread_may_be_a_launch(kernel: str) -> None:
+    """As in autograd's thread, where a layer with dropout or an NF4 weight is the last of a model."""
+    seed = torch.tensor([7], device="cuda")
+    weight = NF4Weight.quantize(torch.randn(256, 512, device="cuda", dtype=torch.bfloat16))
+
+    def call() -> Tensor:
+        if kernel == "dequantize":
+            return nf4_launch.dequantize(weight, torch.bfloat16)
+        bits = bits_of(Dropout(0.3, seed), 64, 512)
+        assert bits is not None
+        return bits
+
+    want = [call() for _ in range(3)][-1]
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as thread:
+        got = thread.submit(call).result()
+    torch.cuda.synchronize()
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])

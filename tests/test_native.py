@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_driver import CONTEXT
 from launch_path import (
     NATIVE,
     PYTHON,
@@ -330,6 +331,20 @@ def test_what_the_driver_refuses_is_an_error(function: str, path: LaunchPath, mo
     path.extension.use_driver(*path.driver.addresses(), "cpu")
     with pytest.raises(RuntimeError, match=r"the CUDA driver refused .* error 700"):
         run(tensors | {"x": tensors["x"].detach().clone().requires_grad_()})
+
+
+def test_a_thread_that_has_not_called_cuda_yet(path: LaunchPath) -> None:
+    """Its first launch finds no context, whoever makes it."""
+    tensors = make(*LEAVES)
+    want = in_python(tensors, dropout_p=0.3)
+    who = set()
+    for _ in range(5):
+        path.who()
+        path.driver.context = 0
+        assert_same(run(tensors, dropout_p=0.3), want)
+        assert path.driver.context == CONTEXT
+        who |= path.who()
+    assert who == {PYTHON, NATIVE}
 
 
 def test_anomaly_mode(path: LaunchPath) -> None:

@@ -16,9 +16,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 # with much in it. That is far from where a main loop would spill; but a change that takes more should be measured
 # before it raises a number here.
 MOST_STACK = {
+    "mask": 0,
     "one_pass": 608,
     "backward": 608,
-    "group_forward": 368,
+    "group_forward": 440,
     "group_input": 552,
     "nf4_product": 344,
     "adapter_grads": 0,

@@ -13,7 +13,7 @@ using OfMembers = std::array<Tensor, kMostLayers>;
 // What a member brings to a launch.
 struct Members {
   size_t count = 0;
-  OfMembers weight, lora_A, lora_B, bias, seed;
+  OfMembers weight, lora_A, lora_B, bias, mask;
   std::array<double, kMostLayers> scale{};
 
   std::array<float, kMostLayers> floats() const {
@@ -57,7 +57,7 @@ inline void launch_group_forward(Launching& launching, const Tensor& x, const Me
   Arguments arguments;
   arguments.add(x);
   arguments.add_pairs(members.weight, ys);
-  for (const OfMembers* of : {&members.lora_A, &members.lora_B, &members.bias, &ss, &members.seed}) arguments.add(*of);
+  for (const OfMembers* of : {&members.lora_A, &members.lora_B, &members.bias, &ss, &members.mask}) arguments.add(*of);
   // No scale is a tensor.
   arguments.add(OfMembers());
   launch_group(launching, x, arguments, members.floats().data());
@@ -69,7 +69,7 @@ inline void launch_group_input(Launching& launching, const Tensor& dx, const OfM
   Arguments arguments;
   arguments.add(dx);
   arguments.add_pairs(dys, members.weight);
-  for (const OfMembers* of : {&members.lora_B, &members.lora_A, &ts, &members.seed}) arguments.add(*of);
+  for (const OfMembers* of : {&members.lora_B, &members.lora_A, &ts, &members.mask}) arguments.add(*of);
   arguments.add(OfMembers());
   launch_group(launching, dx, arguments, members.floats().data());
 }
@@ -77,10 +77,10 @@ inline void launch_group_input(Launching& launching, const Tensor& dx, const OfM
 // dA_i = T_i^T mask_i(x) and dB_i = dy_i^T S_i: its backward_adapters.
 inline void launch_group_grads(Launching& launching, const Tensor& x, const OfMembers& dys, const OfMembers& ts,
                                const OfMembers& ss, const OfMembers& dAs, const OfMembers& dBs,
-                               const OfMembers& seeds) {
+                               const OfMembers& masks) {
   Arguments arguments;
   arguments.add(x);
-  for (const OfMembers* of : {&dys, &ts, &ss, &dAs, &dBs, &seeds}) arguments.add(*of);
+  for (const OfMembers* of : {&dys, &ts, &ss, &dAs, &dBs, &masks}) arguments.add(*of);
   launch_group(launching, x, arguments, nullptr);
 }
 
@@ -183,7 +183,7 @@ class LoRAGroupBackward : public LoRANode {
     OfMembers dys, ts, ss, dAs, dBs;
     for (size_t i = 0; i < members.count; ++i) {
       members.lora_A[i] = saved[place(i, kA)], members.lora_B[i] = saved[place(i, kB)];
-      members.seed[i] = saved[place(i, kSeed)], members.scale[i] = scale[i];
+      members.scale[i] = scale[i];
       dys[i] = rows[i].tensor, ss[i] = saved[place(i, kS)];
       dAs[i] = results[1 + 2 * i], dBs[i] = results[2 + 2 * i];
       ts[i] = fresh({M, R[i]}, x, narrow_type());
@@ -192,9 +192,10 @@ class LoRAGroupBackward : public LoRANode {
       std::tie(dys[0], dys[1]) = through_down(launching, rows[0].tensor, saved, results[5], results[6]);
     }
     for (size_t i = 0; i < members.count; ++i) members.weight[i] = dense_of(weight_of(i, saved), launching, x, dtype);
+    for (size_t i = 0; i < members.count; ++i) members.mask[i] = drawn(launching, saved[place(i, kSeed)], M, K);
     results[0] = fresh(x.sizes(), x, dtype);
     launch_group_input(launching, results[0], dys, members, ts);
-    launch_group_grads(launching, x, dys, ts, ss, dAs, dBs, members.seed);
+    launch_group_grads(launching, x, dys, ts, ss, dAs, dBs, members.mask);
     return results;
   }
 
@@ -203,14 +204,16 @@ class LoRAGroupBackward : public LoRANode {
                                          const Tensor& dA, const Tensor& dB) const {
     const Tensor &g = saved[0], &u = saved[1], &seed = saved[place(2, kSeed)];
     const Tensor nothing;
+    Tensor mask;
     const Tensor dh = fresh(g.sizes(), g, dtype), t = fresh({g.size(0), R[2]}, g, narrow_type());
     {
       const Tensor weight = dense_of(weight_of(2, saved), launching, g, dtype);
-      launch_one_pass(launching, dy, weight, dh, saved[place(2, kB)], saved[place(2, kA)], nothing, t, seed, scale[2]);
+      mask = drawn(launching, seed, g.size(0), g.size(1));
+      launch_one_pass(launching, dy, weight, dh, saved[place(2, kB)], saved[place(2, kA)], nothing, t, mask, scale[2]);
     }
     const Tensor du = fresh(g.sizes(), g, dtype), h = fresh(g.sizes(), g, dtype);
     launch_activation(launching, {&dh, &g, &u, &du, &h});
-    launch_adapter_grads(launching, h, dy, t, saved[place(2, kS)], dA, dB, seed);
+    launch_adapter_grads(launching, h, dy, t, saved[place(2, kS)], dA, dB, mask);
     return {dh, du};
   }
 

@@ -25,6 +25,7 @@ struct Driver {
                     const uint64_t* row_bytes, const uint32_t* box, const uint32_t* steps, int interleave,
                     int swizzle, int l2_promotion, int fill);
   int (*is_capturing)(void* stream, int* status);
+  int (*set_context)(void* context);
   // PyTorch's: the stream that is current on a device in this thread.
   int (*current_stream)(int32_t device, void** stream);
 };
@@ -44,13 +45,14 @@ class Launch {
   using Parameters = std::vector<std::pair<std::string, int>>;
 
   // `parameters` are those of the kernel in order, by direct.py's kinds; `numbers` the integers, by argument.
-  Launch(uint64_t function, std::array<unsigned, 3> grid, unsigned threads, unsigned shared,
+  Launch(uint64_t function, uint64_t context, std::array<unsigned, 3> grid, unsigned threads, unsigned shared,
          const Parameters& parameters, const std::map<int, int64_t>& numbers, std::vector<MapShape> maps,
          int64_t workspace_size, int64_t counters, std::string name)
       : workspace_size(workspace_size),
         counters(counters),
         name(std::move(name)),
         function_(reinterpret_cast<void*>(function)),
+        context_(reinterpret_cast<void*>(context)),
         grid_(grid),
         threads_(threads),
         shared_(shared),
@@ -90,8 +92,15 @@ class Launch {
       copy_map(rank, tensors[shapes_[rank].argument], maps[rank]);
       parameters[mapped_[rank]] = &maps[rank];
     }
-    const int error = driver.launch(function_, grid_[0], grid_[1], grid_[2], threads_, 1, 1, shared_, stream,
-                                    parameters.data(), nullptr);
+    const auto launched = [&] {
+      return driver.launch(function_, grid_[0], grid_[1], grid_[2], threads_, 1, 1, shared_, stream, parameters.data(),
+                           nullptr);
+    };
+    int error = launched();
+    if (error == kNoContext) {
+      driver.set_context(context_);
+      error = launched();
+    }
     TORCH_CHECK(error == 0, "the CUDA driver refused a kernel launch with error " + std::to_string(error));
   }
 
@@ -106,6 +115,8 @@ class Launch {
   };
   static constexpr size_t kMostParameters = 128, kMostMaps = 8, kMostEncoded = 1024;
   static constexpr int kL2Promotion128B = 2;
+  // What a thread is told that has not called CUDA yet, as autograd's may not have.
+  static constexpr int kNoContext = 201;
 
   // Allocators hand out the same places again, so a map is encoded once for each.
   void copy_map(size_t rank, const void* address, Map& out) {
@@ -128,7 +139,7 @@ class Launch {
     encoded.emplace(address, out);
   }
 
-  void* function_;
+  void *function_, *context_;
   std::array<unsigned, 3> grid_;
   unsigned threads_, shared_;
   std::vector<MapShape> shapes_;

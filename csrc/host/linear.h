@@ -11,16 +11,25 @@
 
 namespace lora_kernels::host {
 
+// The bits of the mask [rows, columns] of a seed, as mask_launch.py draws them; nothing where nothing is dropped.
+inline Tensor drawn(Launching& launching, const Tensor& seed, int64_t rows, int64_t columns) {
+  if (!seed.defined()) return seed;
+  const Tensor bits = fresh({rows, (columns + 127) / 128 * 4}, seed, at::kInt);
+  const void* const tensors[] = {address(seed), address(bits)};
+  launching.next()(tensors, nullptr, launching.stream);
+  return bits;
+}
+
 // out = left op(W) + mask(S U) + bias and S = scale * mask(left) D, of tensors in the order of launch.py's one_pass.
 inline void launch_one_pass(Launching& launching, const Tensor& left, const Tensor& weight, const Tensor& out,
                             const Tensor& down, const Tensor& up, const Tensor& bias, const Tensor& s,
-                            const Tensor& seed, double scale) {
+                            const Tensor& mask, double scale) {
   Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, left, at::kFloat);
   Tensor kept;
   const void* const tensors[] = {address(left), address(weight), address(out), address(down), address(up),
                                  address(bias), address(s), address(workspace),
-                                 zeros().of(left.device(), launching.stream, launch.counters, kept), address(seed),
+                                 zeros().of(left.device(), launching.stream, launch.counters, kept), address(mask),
                                  nullptr};
   const float number = static_cast<float>(scale);
   launch(tensors, &number, launching.stream);
@@ -32,9 +41,11 @@ inline void launch_layer(Launching& launching, const Tensor& x, const Layer& lay
   const Tensor bias = bias_of(layer);
   if (!launching.decodes()) {
     const Tensor weight = dense_of(layer.weight, launching, x, x.scalar_type());
-    launch_one_pass(launching, x, weight, y, *layer.lora_A, *layer.lora_B, bias, s, seed, scale);
+    const Tensor mask = drawn(launching, seed, s.size(0), layer.lora_A->size(1));
+    launch_one_pass(launching, x, weight, y, *layer.lora_A, *layer.lora_B, bias, s, mask, scale);
     return;
   }
+  const Tensor mask = drawn(launching, seed, s.size(0), layer.lora_A->size(1));
   Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, x, at::kFloat);
   Tensor kept;
@@ -42,7 +53,7 @@ inline void launch_layer(Launching& launching, const Tensor& x, const Layer& lay
   const void* const tensors[] = {address(x), address(parts[0]), address(parts[1]), address(parts[2]), address(parts[3]),
                                  address(parts[4]), address(y), address(*layer.lora_A), address(*layer.lora_B),
                                  address(bias), address(s), address(workspace),
-                                 zeros().of(x.device(), launching.stream, launch.counters, kept), address(seed),
+                                 zeros().of(x.device(), launching.stream, launch.counters, kept), address(mask),
                                  nullptr};
   const float number = static_cast<float>(scale);
   launch(tensors, &number, launching.stream);
@@ -50,26 +61,26 @@ inline void launch_layer(Launching& launching, const Tensor& x, const Layer& lay
 
 // dA = T^T mask(x) and dB = dy^T S, each where it is defined.
 inline void launch_adapter_grads(Launching& launching, const Tensor& x, const Tensor& dy, const Tensor& t,
-                                 const Tensor& s, const Tensor& dA, const Tensor& dB, const Tensor& seed) {
+                                 const Tensor& s, const Tensor& dA, const Tensor& dB, const Tensor& mask) {
   Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, dy, at::kFloat);
   Tensor kept;
   const void* const tensors[] = {address(x), address(dy), address(t), address(s), address(dA), address(dB),
                                  address(workspace), zeros().of(dy.device(), launching.stream, launch.counters, kept),
-                                 address(seed)};
+                                 address(mask)};
   launch(tensors, nullptr, launching.stream);
 }
 
 // dx = dy W + mask(T A), dA and dB, each of these where it is defined, and T, all in one launch.
 inline void launch_backward(Launching& launching, const Tensor& dy, const Tensor& weight, const Tensor& dx,
                             const Tensor& lora_B, const Tensor& lora_A, const Tensor& t, const Tensor& x,
-                            const Tensor& s, const Tensor& dA, const Tensor& dB, const Tensor& seed, double scale) {
+                            const Tensor& s, const Tensor& dA, const Tensor& dB, const Tensor& mask, double scale) {
   Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, dy, at::kFloat);
   Tensor kept;
   const void* const tensors[] = {address(dy), address(weight), address(dx), address(lora_B), address(lora_A),
                                  address(t), address(workspace),
-                                 zeros().of(dy.device(), launching.stream, launch.counters, kept), address(seed),
+                                 zeros().of(dy.device(), launching.stream, launch.counters, kept), address(mask),
                                  nullptr, address(x), address(dy), address(s), address(dA), address(dB)};
   const float number = static_cast<float>(scale);
   launch(tensors, &number, launching.stream);
@@ -154,27 +165,28 @@ class LoRALinearBackward : public LoRANode {
     Launching launching(plan.launches, current_stream(device));
     const int64_t M = dy.numel() / N;
     const Tensor nothing;
-    Tensor weight, t;
+    Tensor weight, t, mask;
     if (needs.x) {
       auto sizes = dy.sizes().vec();
       sizes.back() = K;
       results[0] = fresh(sizes, dy, dtype);
       t = fresh({M, R}, dy, narrow_type());
       weight = dense_of(saved.weight, launching, dy, dtype);
+      mask = drawn(launching, saved.seed, M, K);
     }
     if (needs.lora_A) results[1] = fresh({R, K}, dy, adapter_dtype);
     if (needs.lora_B) results[2] = fresh({N, R}, dy, adapter_dtype);
     const bool adapters = needs.lora_A || needs.lora_B;
     if (needs.x && adapters && launching.is_whole()) {
       launch_backward(launching, dy, weight, results[0], saved.lora_B, saved.lora_A, t, saved.x, saved.s, results[1],
-                      results[2], saved.seed, scale);
+                      results[2], mask, scale);
     } else {
       if (needs.x) {
-        launch_one_pass(launching, dy, weight, results[0], saved.lora_B, saved.lora_A, nothing, t, saved.seed, scale);
+        launch_one_pass(launching, dy, weight, results[0], saved.lora_B, saved.lora_A, nothing, t, mask, scale);
       }
       if (adapters) {
         launch_adapter_grads(launching, saved.x, dy, needs.lora_A ? t : nothing, saved.s, results[1], results[2],
-                             needs.lora_A ? saved.seed : nothing);
+                             needs.lora_A ? mask : nothing);
       }
     }
     if (needs.bias) results[3] = at::sum(dy.reshape({M, N}), {0}, false, bias_dtype);

@@ -145,8 +145,9 @@ Shared run_group(const Call& call, Launching& launching, const Scales& scales, c
     const Layer& layer = call.layers[i];
     members.weight[i] = dense_of(layer.weight, launching, in.x, call.dtype);
     members.lora_A[i] = *layer.lora_A, members.lora_B[i] = *layer.lora_B;
-    members.bias[i] = bias_of(layer), members.seed[i] = in.seeds[i];
+    members.bias[i] = bias_of(layer);
   }
+  for (size_t i = 0; i < members.count; ++i) members.mask[i] = drawn(launching, in.seeds[i], call.M, call.K);
   launch_group_forward(launching, in.x, members, out.ys, out.ss);
   return out;
 }
@@ -286,20 +287,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   namespace py = pybind11;
   using Map = std::tuple<int, int, uint64_t, uint64_t, uint64_t, uint32_t, uint32_t, int>;
   py::class_<Launch, std::shared_ptr<Launch>>(module, "Launch")
-      .def(py::init([](uint64_t function, std::array<unsigned, 3> grid, unsigned threads, unsigned shared,
-                       const Launch::Parameters& parameters, const std::map<int, int64_t>& numbers,
+      .def(py::init([](uint64_t function, uint64_t context, std::array<unsigned, 3> grid, unsigned threads,
+                       unsigned shared, const Launch::Parameters& parameters, const std::map<int, int64_t>& numbers,
                        const std::vector<Map>& maps, int64_t workspace_size, int64_t counters, std::string name) {
         std::vector<MapShape> shapes;
         const auto shape_of = [](auto... fields) { return MapShape{fields...}; };
         for (const Map& map : maps) shapes.push_back(std::apply(shape_of, map));
-        return std::make_shared<Launch>(function, grid, threads, shared, parameters, numbers, std::move(shapes),
-                                        workspace_size, counters, std::move(name));
+        return std::make_shared<Launch>(function, context, grid, threads, shared, parameters, numbers,
+                                        std::move(shapes), workspace_size, counters, std::move(name));
       }));
   // The addresses of Driver's functions.
-  module.def("use_driver", [](uint64_t launch, uint64_t encode_map, uint64_t is_capturing, uint64_t current_stream,
-                              const std::string& device_type) {
+  module.def("use_driver", [](uint64_t launch, uint64_t encode_map, uint64_t is_capturing, uint64_t set_context,
+                              uint64_t current_stream, const std::string& device_type) {
     set(driver.launch, launch), set(driver.encode_map, encode_map);
-    set(driver.is_capturing, is_capturing), set(driver.current_stream, current_stream);
+    set(driver.is_capturing, is_capturing), set(driver.set_context, set_context);
+    set(driver.current_stream, current_stream);
     served = c10::Device(device_type).type();
   });
   module.def("use_python", [](py::object backward, py::object group_backward, py::object zeros_for, py::object hooked,

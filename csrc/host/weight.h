@@ -56,13 +56,19 @@ class Launching {
  public:
   Launching(const Launches& launches, void* stream) : stream(stream), next_(launches.begin()) {}
   Launch& next() { return **next_++; }
-  // Whether the next one decodes a weight inside of a product.
-  bool decodes() const { return (*next_)->name == "nf4_product"; }
-  // Whether the next one is a backward with all its gradients.
-  bool is_whole() const { return (*next_)->name == "backward"; }
+  // Whether the next one, but for masks, decodes a weight inside of a product.
+  bool decodes() const { return upcoming() == "nf4_product"; }
+  // Whether the next one, but for masks, is a backward with all its gradients.
+  bool is_whole() const { return upcoming() == "backward"; }
   void* const stream;
 
  private:
+  const std::string& upcoming() const {
+    auto launch = next_;
+    while ((*launch)->name == "mask") ++launch;
+    return (*launch)->name;
+  }
+
   Launches::const_iterator next_;
 };
 

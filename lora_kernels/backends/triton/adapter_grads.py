@@ -12,11 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.pieces import aligned, in_parts, keep_tile, sum_of_parts
+from lora_kernels.backends.triton.mask import keep_tile
+from lora_kernels.backends.triton.pieces import aligned, in_parts, sum_of_parts
 
 
 @triton.jit
-def reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, first_row, last_row, seed_ptr, threshold,
+def reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, first_row, last_row, mask_ptr,
                 BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, MASKED: tl.constexpr,
                 PRECISION: tl.constexpr, STAGES: tl.constexpr = None):  # fmt: skip
     """sum over rows of mask(wide)[m, c] * narrow[m, r]: a float32 tile [BLOCK_C, BLOCK_R]."""
@@ -31,7 +32,7 @@ def reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, f
         wide = tl.load(wide_ptr + rows * stride_wide + offs_c[None, :], in_rows & (offs_c < columns)[None, :], other=0.0)
         narrow = tl.load(narrow_ptr + rows * R + offs_r[None, :], in_rows & (offs_r < R)[None, :], other=0.0)
         if MASKED:
-            wide = tl.where(keep_tile(seed_ptr, m0, column0, threshold, BLOCK_M, BLOCK_C), wide, 0.0)
+            wide = tl.where(keep_tile(mask_ptr, m0, column0, last_row, columns, BLOCK_M, BLOCK_C), wide, 0.0)
         if split:
             # Added here, not in the tensor cores, whose long sums are truncated at each step.
             acc += sum_of_parts(tl.dot(tl.trans(wide), in_parts(narrow, in_rows)), BLOCK_C, BLOCK_R)
@@ -41,8 +42,8 @@ def reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, f
 
 
 @triton.jit
-def reduce_task(block, part, chunk, blocks, x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr, workspace_ptr, sync_ptr, seed_ptr,
-                threshold, M, K, N, R, stride_xm, stride_dym, rows_per_part, parts,
+def reduce_task(block, part, chunk, blocks, x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr, workspace_ptr, sync_ptr, mask_ptr,
+                M, K, N, R, stride_xm, stride_dym, rows_per_part, parts,
                 BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, WANT_A: tl.constexpr,
                 WANT_B: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
                 STAGES: tl.constexpr = None):  # fmt: skip
@@ -61,11 +62,11 @@ def reduce_task(block, part, chunk, blocks, x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr,
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     if WANT_A:
         if is_a:
-            acc = reduce_rows(x_ptr, stride_xm, t_ptr, column0, r0, K, R, M, first_row, last_row, seed_ptr, threshold,
+            acc = reduce_rows(x_ptr, stride_xm, t_ptr, column0, r0, K, R, M, first_row, last_row, mask_ptr,
                               BLOCK_M, BLOCK_C, BLOCK_R, MASKED, PRECISION, STAGES)  # fmt: skip
     if WANT_B:
         if not is_a:
-            acc = reduce_rows(dy_ptr, stride_dym, s_ptr, column0, r0, N, R, M, first_row, last_row, seed_ptr, threshold,
+            acc = reduce_rows(dy_ptr, stride_dym, s_ptr, column0, r0, N, R, M, first_row, last_row, mask_ptr,
                               BLOCK_M, BLOCK_C, BLOCK_R, False, PRECISION, STAGES)  # fmt: skip
 
     last = True
@@ -98,14 +99,14 @@ def reduce_task(block, part, chunk, blocks, x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr,
                          (offs_r < R)[None, :] & (offs_c < N)[:, None])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "rows_per_part", "parts"])
+@triton.jit(do_not_specialize=["M", "rows_per_part", "parts"])
 def adapter_grads_kernel(
-    x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr, workspace_ptr, sync_ptr, seed_ptr, threshold,
+    x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr, workspace_ptr, sync_ptr, mask_ptr,
     M, K, N, R, stride_xm, stride_dym, rows_per_part, parts,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, RANK_ALIGN: tl.constexpr,
     WANT_A: tl.constexpr, WANT_B: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The grid is (column blocks of x and then of dy, parts of M, chunks of the rank); RANK_ALIGN divides R."""
     reduce_task(tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0), x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr,
-                dB_ptr, workspace_ptr, sync_ptr, seed_ptr, threshold, M, K, N, aligned(R, RANK_ALIGN), stride_xm, stride_dym, rows_per_part, parts,
+                dB_ptr, workspace_ptr, sync_ptr, mask_ptr, M, K, N, aligned(R, RANK_ALIGN), stride_xm, stride_dym, rows_per_part, parts,
                 BLOCK_M, BLOCK_C, BLOCK_R, WANT_A, WANT_B, MASKED, PRECISION)  # fmt: skip

@@ -30,13 +30,13 @@ _LEAVE = tl.constexpr(3)
 
 @triton.jit(
     do_not_specialize=[
-        "M", "threshold", "spin_limit", "n_parts", "shares", "sharers", "dy_stays", "rows_per_part", "parts",
+        "M", "spin_limit", "n_parts", "shares", "sharers", "dy_stays", "rows_per_part", "parts",
     ]
 )  # fmt: skip
 def backward_kernel(
-    dy_ref, w_ref, dx_ref, lora_b_ptr, lora_a_ptr, t_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr,
+    dy_ref, w_ref, dx_ref, lora_b_ptr, lora_a_ptr, t_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr,
     x_ptr, dy_ptr, s_ptr, dA_ptr, dB_ptr,
-    scale, threshold, spin_limit, M, N, K, R, n_parts, shares, sharers, dy_stays, rows_per_part, parts,
+    scale, spin_limit, M, N, K, R, n_parts, shares, sharers, dy_stays, rows_per_part, parts,
     stride_dym, stride_w, stride_xm, stride_bn, stride_br, stride_ar, stride_ak,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr,
@@ -49,8 +49,8 @@ def backward_kernel(
     The blocks are those of dx's product, whose columns are K and whose sum is over N; GRAD_M and GRAD_C are of dA and dB.
     sync_ptr holds zeros: those of all_tiles, the parts of dB and of dA that were taken, and those of reduce_task.
     """
-    all_tiles(dy_ref, w_ref, dx_ref, lora_b_ptr, lora_a_ptr, None, t_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr, scale,
-              threshold, spin_limit, M, K, N, R, n_parts, shares, sharers, dy_stays, stride_dym, stride_w, K, stride_bn,
+    all_tiles(dy_ref, w_ref, dx_ref, lora_b_ptr, lora_a_ptr, None, t_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr, scale,
+              spin_limit, M, K, N, R, n_parts, shares, sharers, dy_stays, stride_dym, stride_w, K, stride_bn,
               stride_br, stride_ar, stride_ak, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN,
               DOWN_ALIGN, ALONE, SHARE_STAGES, W_IS_NK, False, MASKED, False, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
 
@@ -87,7 +87,7 @@ def backward_kernel(
             own = tl.where(is_b, blocks - blocks_a, blocks_a)
             block = within % own + tl.where(is_b, blocks_a, 0)
             reduce_task(block, parts - 1 - within // own, chunk, blocks, x_ptr, dy_ptr, t_ptr, s_ptr, dA_ptr, dB_ptr,
-                        sums_ptr, taken_ptr + 2, seed_ptr, threshold, M, K, N, aligned(R, RANK_ALIGN), stride_xm, stride_dym,
+                        sums_ptr, taken_ptr + 2, mask_ptr, M, K, N, aligned(R, RANK_ALIGN), stride_xm, stride_dym,
                         rows_per_part, parts, GRAD_M, GRAD_C, BLOCK_R, WANT_A, WANT_B, MASKED, PRECISION, GRAD_STAGES)  # fmt: skip
         if state == _LEAVE:
             if not counted:

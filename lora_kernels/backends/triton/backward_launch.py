@@ -12,6 +12,7 @@ from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.backward import backward_kernel
 from lora_kernels.backends.triton.launch import SPIN_LIMIT, Settled, divisor, dot_precision, one_pass, settle, stays
 from lora_kernels.backends.triton.launches import Launch, alignment, remember
+from lora_kernels.backends.triton.mask_launch import bits_of
 from lora_kernels.backends.triton.tiles import (
     INTERPRETER,
     GradTiles,
@@ -51,9 +52,9 @@ def adapter_grads(
         return None if dA is None else dA.zero_(), None if dB is None else dB.zero_()
     launch = adapter_grads_launch(x, dy, s, t, dropout, dtype, tiles)
     workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
-    seed = dropout.seed if want_a and dropout is not None else None
+    mask = bits_of(dropout, M, K) if want_a else None
     zeros = zeros_for(device, launch.counters)
-    launch(device, (x if want_a else None, dy, t if want_a else None, s, dA, dB, workspace, zeros, seed))
+    launch(device, (x if want_a else None, dy, t if want_a else None, s, dA, dB, workspace, zeros, mask))
     return dA, dB
 
 
@@ -71,7 +72,7 @@ def adapter_grads_launch(
     assert narrow is not None
     key = (
         dy.device, dy.dtype, narrow.dtype, dtype, dy.shape, dy.stride(0), narrow.shape[1],
-        x is not None and (x.shape[1], x.stride(0)), t is None, s is None, None if dropout is None else dropout.threshold,
+        x is not None and (x.shape[1], x.stride(0)), t is None, s is None, dropout is None,
         alignment(x, dy, t, s), dot_precision(dy.dtype), tiles,
     )  # fmt: skip
     launch = _launches.get(key)
@@ -102,8 +103,7 @@ def _plan_adapter_grads(
     blocks = (triton.cdiv(K, tiles.block_c) if want_a else 0) + (triton.cdiv(N, tiles.block_c) if want_b else 0)
     parts, rows_per_part = row_parts(chip, tiles, M, blocks * chunks)
     masked = want_a and dropout is not None
-    threshold = dropout.threshold if masked and dropout is not None else 0
-    numbers = (threshold, M, K, N, R, x_stride, dy.stride(0), rows_per_part, parts)
+    numbers = (M, K, N, R, x_stride, dy.stride(0), rows_per_part, parts)
     options = {
         "BLOCK_M": tiles.block_m,
         "BLOCK_C": tiles.block_c,
@@ -165,12 +165,12 @@ def backward(
     dA = None if x is None else torch.empty(R, K, dtype=dtype, device=device)
     dB = None if s is None else torch.empty(N, R, dtype=dtype, device=device)
     workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
-    seed = None if dropout is None else dropout.seed
+    mask = bits_of(dropout, M, K)
     tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     # As it is stored.
     stored = weight.T if launch.needs_views and weight.stride(0) == 1 else weight
     zeros = zeros_for(device, launch.counters)
-    launch(device, (dy, stored, dx, lora_B, lora_A, t, workspace, zeros, seed, tensor, x, dy, s, dA, dB, number))
+    launch(device, (dy, stored, dx, lora_B, lora_A, t, workspace, zeros, mask, tensor, x, dy, s, dA, dB, number))
     return dx, dA, dB
 
 
@@ -193,7 +193,7 @@ def _backward_launch(
     key = (
         dy.device, dy.dtype, precision, dtype, dy.shape, dy.stride(0), weight.shape, weight.stride(), lora_B.stride(),
         lora_A.shape, lora_A.stride(), lora_A.dtype, None if x is None else x.stride(0), s is None,
-        isinstance(scale, Tensor) and scale.dtype, None if dropout is None else dropout.threshold,
+        isinstance(scale, Tensor) and scale.dtype, dropout is None,
         alignment(dy, weight, lora_B, lora_A, x, s), dot_precision(dy.dtype), forced,
     )  # fmt: skip
     try:
@@ -202,8 +202,8 @@ def _backward_launch(
         pass
     tiles, spin_limit, programs = forced
     # Programs that have fewer tiles have dA and dB to do; T as well only where L2 holds dy.
-    alone = dropout is None and precision != "split" and stays(dy)
-    chosen = settle(dy, weight, lora_B, lora_A, dropout is not None, precision, alone, tiles, programs)
+    alone = precision != "split" and stays(dy)
+    chosen = settle(dy, weight, lora_B, lora_A, precision, alone, tiles, programs)
     launch = None
     # Without shares T is complete when all tiles are: dA would be the last program's alone.
     if chosen.plan.shared:
@@ -239,7 +239,6 @@ def _plan_backward(
     parts, rows_per_part = tail_parts(chip, grads, M, blocks)
     x_stride = 0 if x is None else x.stride(0)
     numbers = (
-        0 if dropout is None else dropout.threshold,
         spin_limit,
         M,
         N,

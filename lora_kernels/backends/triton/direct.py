@@ -23,6 +23,8 @@ _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 _L2_PROMOTION_128B = 2
 _MOST_MAPS = 4096
+# CUDA_ERROR_INVALID_CONTEXT: what a thread is told that has not called CUDA yet, as autograd's may not have.
+_NO_CONTEXT = 201
 
 
 class Parameter(NamedTuple):
@@ -52,6 +54,10 @@ class DirectKernel:
         # The function lives as long as its module, which Triton unloads with this object.
         self._compiled, self._driver = compiled, driver
         self.function: int = compiled.function
+        # Triton has just launched it, so the current context is the one that it was loaded into.
+        context = ctypes.c_void_p()
+        driver.cuCtxGetCurrent(ctypes.byref(context))
+        self.context: int = context.value or 0
         self.threads: int = 32 * compiled.metadata.num_warps
         self.shared: int = compiled.metadata.shared
         self._boxes: list[Any] = list(compiled.metadata.tensordesc_meta or ())
@@ -95,17 +101,14 @@ class DirectKernel:
 
     def launch(self, grid: tuple[int, int, int], stream: int, buffer: _Buffer) -> None:
         """Launches with the parameters of a buffer."""
-        error = self._driver.cuLaunchKernel(
-            ctypes.c_void_p(self.function),
-            *grid,
-            self.threads,
-            1,
-            1,
-            self.shared,
-            ctypes.c_void_p(stream),
-            buffer.parameters,
-            None,
-        )
+        arguments = (
+            ctypes.c_void_p(self.function), *grid, self.threads, 1, 1, self.shared, ctypes.c_void_p(stream),
+            buffer.parameters, None,
+        )  # fmt: skip
+        error = self._driver.cuLaunchKernel(*arguments)
+        if error == _NO_CONTEXT:
+            self._driver.cuCtxSetCurrent(ctypes.c_void_p(self.context))
+            error = self._driver.cuLaunchKernel(*arguments)
         if error:
             raise RuntimeError(f"the CUDA driver refused a kernel launch with error {error}")
 

@@ -28,12 +28,12 @@ from lora_kernels.backends.triton.sharing import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "k_parts", "shares", "x_stays"])
+@triton.jit(do_not_specialize=["M", "spin_limit", "k_parts", "shares", "x_stays"])
 def group_forward_kernel(
     x_ref, w0_ref, out0_ref, w1_ref, out1_ref, w2_ref, out2_ref,
     down0_ptr, down1_ptr, down2_ptr, up0_ptr, up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr,
-    seed0_ptr, seed1_ptr, seed2_ptr, scale0_ptr, scale1_ptr, scale2_ptr, workspace_ptr, sync_ptr,
-    scale0, scale1, scale2, threshold, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts, shares, x_stays,
+    mask0_ptr, mask1_ptr, mask2_ptr, scale0_ptr, scale1_ptr, scale2_ptr, workspace_ptr, sync_ptr,
+    scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts, shares, x_stays,
     stride_xm, stride_w0, stride_w1, stride_w2,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr,
@@ -79,9 +79,9 @@ def group_forward_kernel(
         R = member_number(giver, R0, R1, R2, MEMBERS)
         stride_w = member_number(member, stride_w0, stride_w1, stride_w2, MEMBERS)
         down_ptr = member_number(giver, down0_ptr, down1_ptr, down2_ptr, MEMBERS)
-        seed_ptr = seed0_ptr
+        mask_ptr = mask0_ptr
         if MASK_X:
-            seed_ptr = member_number(giver, seed0_ptr, seed1_ptr, seed2_ptr, MEMBERS)
+            mask_ptr = member_number(giver, mask0_ptr, mask1_ptr, mask2_ptr, MEMBERS)
         w_ref = member_ref(member, w0_ref, w1_ref, w2_ref, MEMBERS)
         # As in the one-pass kernel: in step through K where L2 does not hold x.
         lead = tl.where(x_stays != 0, 0, first)
@@ -95,8 +95,8 @@ def group_forward_kernel(
             x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
             w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-            share = add_down(x, down_ptr, 1, K, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, seed_ptr,
-                             threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
+            share = add_down(x, down_ptr, 1, K, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, M, mask_ptr,
+                             BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
         total_ptr = sync_ptr + 1 + giver * counters
         ready_ptr = total_ptr + 1
         publish(share, workspace_ptr + giver * share_size, ready_ptr + row_tiles, ready_ptr, total_ptr,
@@ -111,8 +111,8 @@ def group_forward_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
         _finish_member_tile(
             0, acc, member, pid_m, pid_n, x_ref, out0_ref, out1_ref, out2_ref, down0_ptr, down1_ptr, down2_ptr, up0_ptr,
-            up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr, seed0_ptr, seed1_ptr, seed2_ptr,
-            sync_ptr, counters, scale0, scale1, scale2, threshold, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_tiles,
+            up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr, mask0_ptr, mask1_ptr, mask2_ptr,
+            sync_ptr, counters, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_tiles,
             k_parts, stride_xm, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, HAS_BIAS, SPLIT,
             PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
@@ -143,7 +143,7 @@ def group_forward_kernel(
                 stored = _finish_member_tile(
                     stored, acc, member, pid_m, pid_n, x_ref, out0_ref, out1_ref, out2_ref, down0_ptr, down1_ptr,
                     down2_ptr, up0_ptr, up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr,
-                    seed0_ptr, seed1_ptr, seed2_ptr, sync_ptr, counters, scale0, scale1, scale2, threshold, spin_limit,
+                    mask0_ptr, mask1_ptr, mask2_ptr, sync_ptr, counters, scale0, scale1, scale2, spin_limit,
                     M, K, N0, N1, N2, R0, R1, R2, k_tiles, k_parts, stride_xm, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
                     BLOCK_R, RANK_CHUNKS, MASK_X, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -163,7 +163,7 @@ def group_forward_kernel(
             stored = _finish_member_tile(
                 stored, acc, member, pid_m, pid_n, x_ref, out0_ref, out1_ref, out2_ref, down0_ptr, down1_ptr,
                 down2_ptr, up0_ptr, up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr,
-                seed0_ptr, seed1_ptr, seed2_ptr, sync_ptr, counters, scale0, scale1, scale2, threshold, spin_limit,
+                mask0_ptr, mask1_ptr, mask2_ptr, sync_ptr, counters, scale0, scale1, scale2, spin_limit,
                 M, K, N0, N1, N2, R0, R1, R2, k_tiles, k_parts, stride_xm, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
                 BLOCK_R, RANK_CHUNKS, MASK_X, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
@@ -178,8 +178,8 @@ def group_forward_kernel(
 @triton.jit
 def _finish_member_tile(
     stored, acc, member, pid_m, pid_n, x_ref, out0_ref, out1_ref, out2_ref, down0_ptr, down1_ptr, down2_ptr, up0_ptr,
-    up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr, seed0_ptr, seed1_ptr, seed2_ptr, sync_ptr,
-    counters, scale0, scale1, scale2, threshold, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_tiles, k_parts, stride_xm,
+    up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, sync_ptr,
+    counters, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_tiles, k_parts, stride_xm,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
@@ -191,15 +191,15 @@ def _finish_member_tile(
     bias_ptr = bias0_ptr
     if HAS_BIAS:
         bias_ptr = member_number(member, bias0_ptr, bias1_ptr, bias2_ptr, MEMBERS)
-    seed_ptr = seed0_ptr
+    mask_ptr = mask0_ptr
     if MASK_X:
-        seed_ptr = member_number(member, seed0_ptr, seed1_ptr, seed2_ptr, MEMBERS)
+        mask_ptr = member_number(member, mask0_ptr, mask1_ptr, mask2_ptr, MEMBERS)
     all_stored = finish_tile(
         (stored >> member) % 2 == 1, acc, pid_m, pid_n, x_ref, member_ref(member, out0_ref, out1_ref, out2_ref, MEMBERS),
         member_number(member, down0_ptr, down1_ptr, down2_ptr, MEMBERS),
         member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS), bias_ptr,
-        member_number(member, s0_ptr, s1_ptr, s2_ptr, MEMBERS), total_ptr + 1, total_ptr, seed_ptr,
-        member_number(member, scale0, scale1, scale2, MEMBERS), threshold, spin_limit, M, N, K, R, k_tiles, k_parts,
+        member_number(member, s0_ptr, s1_ptr, s2_ptr, MEMBERS), total_ptr + 1, total_ptr, mask_ptr,
+        member_number(member, scale0, scale1, scale2, MEMBERS), spin_limit, M, N, K, R, k_tiles, k_parts,
         stride_xm, N, 1, K, 1, R, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, False, HAS_BIAS, SPLIT,
         PRECISION, USE_TMA, DTYPE)  # fmt: skip
     return stored | (all_stored.to(tl.int32) << member)

@@ -13,11 +13,12 @@ import triton.language as tl
 
 from lora_kernels.backends.triton.adapter_grads import reduce_rows
 from lora_kernels.backends.triton.group_pieces import member_number, member_of
-from lora_kernels.backends.triton.pieces import in_parts, keep_tile, sum_of_parts
+from lora_kernels.backends.triton.mask import keep_tile
+from lora_kernels.backends.triton.pieces import in_parts, sum_of_parts
 
 
 @triton.jit
-def _add_rows(acc, x, t_ptr, seed_ptr, m0, column0, r0, R, last_row, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+def _add_rows(acc, x, t_ptr, mask_ptr, m0, column0, r0, K, R, last_row, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
               BLOCK_R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """acc + mask_i(x)^T T_i for one step of M."""
     offs_m = m0 + tl.arange(0, BLOCK_M)
@@ -25,7 +26,7 @@ def _add_rows(acc, x, t_ptr, seed_ptr, m0, column0, r0, R, last_row, threshold, 
     in_rows = (offs_m < last_row)[:, None]
     t = tl.load(t_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], in_rows & (offs_r < R)[None, :], other=0.0)
     if MASKED:
-        x = tl.where(keep_tile(seed_ptr, m0, column0, threshold, BLOCK_M, BLOCK_C), x, 0.0)
+        x = tl.where(keep_tile(mask_ptr, m0, column0, last_row, K, BLOCK_M, BLOCK_C), x, 0.0)
     if x.dtype != t.dtype:
         # Added here, not in the tensor cores, whose long sums are truncated at each step.
         return acc + sum_of_parts(tl.dot(tl.trans(x), in_parts(t, in_rows)), BLOCK_C, BLOCK_R)
@@ -50,10 +51,10 @@ def _store_dA(dA_ptr, acc, column0, r0, K, R, BLOCK_C: tl.constexpr, BLOCK_R: tl
              (offs_r < R)[None, :] & (offs_c < K)[:, None])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "rows_per_part", "parts"])
+@triton.jit(do_not_specialize=["M", "rows_per_part", "parts"])
 def group_grads_kernel(
     x_ptr, dy0_ptr, dy1_ptr, dy2_ptr, t0_ptr, t1_ptr, t2_ptr, s0_ptr, s1_ptr, s2_ptr, dA0_ptr, dA1_ptr, dA2_ptr,
-    dB0_ptr, dB1_ptr, dB2_ptr, seed0_ptr, seed1_ptr, seed2_ptr, workspace_ptr, sync_ptr, threshold, M, K, N0, N1, N2,
+    dB0_ptr, dB1_ptr, dB2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, workspace_ptr, sync_ptr, M, K, N0, N1, N2,
     RA0, RA1, RA2, RB0, RB1, RB2, stride_xm, stride_dy0, stride_dy1, stride_dy2, rows_per_part, parts,
     A_COUNT: tl.constexpr, B_COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -82,13 +83,13 @@ def group_grads_kernel(
                 offs_m = m0 + tl.arange(0, BLOCK_M)
                 x = tl.load(x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_c[None, :],
                             (offs_m < last_row)[:, None] & (offs_c < K)[None, :], other=0.0)  # fmt: skip
-                acc0 = _add_rows(acc0, x, t0_ptr, seed0_ptr, m0, column0, r0, RA0, last_row, threshold, BLOCK_M, BLOCK_C,
+                acc0 = _add_rows(acc0, x, t0_ptr, mask0_ptr, m0, column0, r0, K, RA0, last_row, BLOCK_M, BLOCK_C,
                                  BLOCK_R, MASKED, PRECISION)  # fmt: skip
                 if A_COUNT > 1:
-                    acc1 = _add_rows(acc1, x, t1_ptr, seed1_ptr, m0, column0, r0, RA1, last_row, threshold, BLOCK_M,
+                    acc1 = _add_rows(acc1, x, t1_ptr, mask1_ptr, m0, column0, r0, K, RA1, last_row, BLOCK_M,
                                      BLOCK_C, BLOCK_R, MASKED, PRECISION)  # fmt: skip
                 if A_COUNT > 2:
-                    acc2 = _add_rows(acc2, x, t2_ptr, seed2_ptr, m0, column0, r0, RA2, last_row, threshold, BLOCK_M,
+                    acc2 = _add_rows(acc2, x, t2_ptr, mask2_ptr, m0, column0, r0, K, RA2, last_row, BLOCK_M,
                                      BLOCK_C, BLOCK_R, MASKED, PRECISION)  # fmt: skip
     if B_COUNT > 0:
         if not is_x:
@@ -99,7 +100,7 @@ def group_grads_kernel(
                                member_number(member, stride_dy0, stride_dy1, stride_dy2, B_COUNT),
                                member_number(member, s0_ptr, s1_ptr, s2_ptr, B_COUNT), column0, r0,
                                member_number(member, N0, N1, N2, B_COUNT), member_number(member, RB0, RB1, RB2, B_COUNT),
-                               M, first_row, last_row, None, 0, BLOCK_M, BLOCK_C, BLOCK_R, False, PRECISION)  # fmt: skip
+                               M, first_row, last_row, None, BLOCK_M, BLOCK_C, BLOCK_R, False, PRECISION)  # fmt: skip
 
     last = True
     if parts > 1:

@@ -16,16 +16,13 @@ import triton
 import triton.language as tl
 
 from lora_kernels.backends.triton.group_pieces import member_number, member_of, member_ref
-from lora_kernels.backends.triton.pieces import load_tile, store_tile
+from lora_kernels.backends.triton.masked_up import add_masked_up, between_masked
+from lora_kernels.backends.triton.pieces import halves, load_s, load_tile, store_tile
 from lora_kernels.backends.triton.sharing import (
-    MASKED_COLUMNS,
     add_down,
-    add_masked_up,
     add_up,
     all_ready,
     compute_s,
-    halves,
-    load_s,
     load_w,
     part_bounds,
     plain_tile,
@@ -64,7 +61,7 @@ def _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2
         compute_s(pid_m, member_ref(member, dy0_ref, dy1_ref, dy2_ref, MEMBERS),
                   member_number(member, down0_ptr, down1_ptr, down2_ptr, MEMBERS),
                   member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), None,
-                  member_number(member, scale0, scale1, scale2, MEMBERS), 0, M, N, R, tl.cdiv(N, BLOCK_K),
+                  member_number(member, scale0, scale1, scale2, MEMBERS), M, N, R, tl.cdiv(N, BLOCK_K),
                   member_number(member, k_parts0, k_parts1, k_parts2, MEMBERS),
                   member_number(member, stride_dy0, stride_dy1, stride_dy2, MEMBERS), R, 1, R, BLOCK_M, BLOCK_K, BLOCK_R,
                   RANK_CHUNKS, False, SPLIT, PRECISION, USE_TMA)  # fmt: skip
@@ -92,7 +89,7 @@ def _add_all_up(acc, stored, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t
             R = member_number(member, R0, R1, R2, MEMBERS)
             t = load_s(stored, member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), R, row0, r0, M, R, BLOCK_M, BLOCK_U)
             acc = add_up(acc, t, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS), K, 1, r0, column0, R, K, DTYPE,
-                         BLOCK_U, BLOCK_N, SPLIT, PRECISION, True)  # fmt: skip
+                         BLOCK_U, BLOCK_N, SPLIT, PRECISION)  # fmt: skip
         else:
             t, up = _load_side_by_side(stored, index * BLOCK_U, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr,
                                        t2_ptr, M, K, R0, R1, R2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_U, SLOT)  # fmt: skip
@@ -122,25 +119,10 @@ def _load_side_by_side(stored, first, row0, column0, up0_ptr, up1_ptr, up2_ptr, 
 
 
 @triton.jit
-def _add_all_masked_up(acc, stored, pid_m, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, seed0_ptr,
-                       seed1_ptr, seed2_ptr, threshold, M, K, R0, R1, R2, MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, SPLIT: tl.constexpr,
-                       PRECISION: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """acc + the sum over members of mask_i(T_i A_i)."""
-    for member in tl.range(0, MEMBERS, num_stages=1):
-        R = member_number(member, R0, R1, R2, MEMBERS)
-        acc = add_masked_up(acc, stored, pid_m, column0, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS),
-                            member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS),
-                            member_number(member, seed0_ptr, seed1_ptr, seed2_ptr, MEMBERS), threshold, M, K, R, K, 1, R,
-                            BLOCK_M, BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-    return acc
-
-
-@triton.jit
 def _finish_dx_tile(
     all_stored, acc, pid_m, pid_n, out_ref, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr, up0_ptr, up1_ptr,
-    up2_ptr, t0_ptr, t1_ptr, t2_ptr, seed0_ptr, seed1_ptr, seed2_ptr, ready_ptr, total_ptr, scale0, scale1, scale2,
-    threshold, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2,
+    up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr, total_ptr, scale0, scale1, scale2,
+    spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_U: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
@@ -162,42 +144,28 @@ def _finish_dx_tile(
             stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
         all_stored = tl.atomic_add(total_ptr, 0, sem="acquire") == tl.cdiv(M, BLOCK_M) * CHUNKS
     if MASKED:
-        if HALF < MASKED_COLUMNS:
-            acc = _add_all_masked_up(acc, stored, pid_m, left0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, seed0_ptr,
-                                     seed1_ptr, seed2_ptr, threshold, M, K, R0, R1, R2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_R,
-                                     RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-        left, right = halves(acc, BLOCK_M, BLOCK_N)
-        for side in tl.static_range(2):
-            half = left if side == 0 else right
-            half0 = left0 + side * HALF
-            if HALF > MASKED_COLUMNS:
-                first, second = halves(half, BLOCK_M, HALF)
-                first = _add_all_masked_up(first, stored, pid_m, half0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr,
-                                           seed0_ptr, seed1_ptr, seed2_ptr, threshold, M, K, R0, R1, R2, MEMBERS, BLOCK_M,
-                                           HALF // 2, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-                second = _add_all_masked_up(second, stored, pid_m, half0 + HALF // 2, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr,
-                                            t2_ptr, seed0_ptr, seed1_ptr, seed2_ptr, threshold, M, K, R0, R1, R2, MEMBERS,
-                                            BLOCK_M, HALF // 2, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-                half = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (BLOCK_M, HALF))
-            elif HALF == MASKED_COLUMNS:
-                half = _add_all_masked_up(half, stored, pid_m, half0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr,
-                                          seed0_ptr, seed1_ptr, seed2_ptr, threshold, M, K, R0, R1, R2, MEMBERS, BLOCK_M,
-                                          HALF, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-            store_tile(out_ref, K, row0, half0, M, K, half.to(DTYPE), BLOCK_M, HALF, USE_TMA)
+        if USE_TMA:
+            acc = between_masked(acc, BLOCK_M, BLOCK_N, DTYPE)
+        for member in tl.range(0, MEMBERS, num_stages=1):
+            R = member_number(member, R0, R1, R2, MEMBERS)
+            acc = add_masked_up(acc, stored, row0, left0, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS),
+                                member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS),
+                                member_number(member, mask0_ptr, mask1_ptr, mask2_ptr, MEMBERS), M, K, R, K, 1, R, BLOCK_M,
+                                BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE, USE_TMA)  # fmt: skip
     else:
         acc = _add_all_up(acc, stored, row0, left0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, M, K, R0, R1, R2,
                           MEMBERS, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_U, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-        left, right = halves(acc, BLOCK_M, BLOCK_N)
-        store_tile(out_ref, K, row0, left0, M, K, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
-        store_tile(out_ref, K, row0, left0 + HALF, M, K, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)
+    left, right = halves(acc, BLOCK_M, BLOCK_N)
+    store_tile(out_ref, K, row0, left0, M, K, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
+    store_tile(out_ref, K, row0, left0 + HALF, M, K, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)
     return all_stored
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "k_parts0", "k_parts1", "k_parts2", "shares", "dy_stays"])
+@triton.jit(do_not_specialize=["M", "spin_limit", "k_parts0", "k_parts1", "k_parts2", "shares", "dy_stays"])
 def group_input_kernel(
     out_ref, dy0_ref, w0_ref, dy1_ref, w1_ref, dy2_ref, w2_ref,
-    down0_ptr, down1_ptr, down2_ptr, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, seed0_ptr, seed1_ptr, seed2_ptr,
-    scale0_ptr, scale1_ptr, scale2_ptr, workspace_ptr, sync_ptr, scale0, scale1, scale2, threshold, spin_limit,
+    down0_ptr, down1_ptr, down2_ptr, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr,
+    scale0_ptr, scale1_ptr, scale2_ptr, workspace_ptr, sync_ptr, scale0, scale1, scale2, spin_limit,
     M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, shares, dy_stays,
     stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -260,7 +228,7 @@ def group_input_kernel(
             dy = load_tile(dy_ref, stride_dy, row0, ki * BLOCK_K, M, N, BLOCK_M, BLOCK_K, USE_TMA)
             w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, N, K, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
             acc = tl.dot(dy, w, acc, input_precision=PRECISION)
-            share = add_down(dy, down_ptr, R, 1, ki * BLOCK_K, chunk * BLOCK_R, N, R, share, row0, None, 0, BLOCK_M,
+            share = add_down(dy, down_ptr, R, 1, ki * BLOCK_K, chunk * BLOCK_R, N, R, share, row0, M, None, BLOCK_M,
                              BLOCK_K, BLOCK_R, False, SPLIT, PRECISION)  # fmt: skip
         # Counted, and kept in the workspace, as chunks of the whole group.
         chunks_before = giver * RANK_CHUNKS * BLOCK_R
@@ -275,8 +243,8 @@ def group_input_kernel(
                                  N2, steps0, steps1, stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
                                  MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K, W_IS_NK, PRECISION, USE_TMA)  # fmt: skip
         _finish_dx_tile(False, acc, pid_m, pid_n, out_ref, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr,
-                        up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, seed0_ptr, seed1_ptr, seed2_ptr, ready_ptr,
-                        total_ptr, scale0, scale1, scale2, threshold, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
+                        up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
+                        total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
                         k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
                         BLOCK_R, BLOCK_U, RANK_CHUNKS, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
@@ -302,8 +270,8 @@ def group_input_kernel(
             if step == steps - 1:
                 all_stored = _finish_dx_tile(
                     all_stored, acc, pid_m, pid_n, out_ref, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr,
-                    up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, seed0_ptr, seed1_ptr, seed2_ptr, ready_ptr,
-                    total_ptr, scale0, scale1, scale2, threshold, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
+                    up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
+                    total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
                     k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
                     BLOCK_R, BLOCK_U, RANK_CHUNKS, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -318,8 +286,8 @@ def group_input_kernel(
                                      PRECISION, USE_TMA)  # fmt: skip
             all_stored = _finish_dx_tile(
                 all_stored, acc, pid_m, pid_n, out_ref, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr,
-                up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, seed0_ptr, seed1_ptr, seed2_ptr, ready_ptr,
-                total_ptr, scale0, scale1, scale2, threshold, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
+                up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
+                total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
                 k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
                 BLOCK_R, BLOCK_U, RANK_CHUNKS, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 

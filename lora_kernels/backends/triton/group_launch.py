@@ -19,11 +19,11 @@ from lora_kernels.backends.triton.group_operands import (
     Weights,
     adapters_of,
     biases_of,
+    masks_of,
     narrow_of,
     plan_forward,
     plan_input,
     scales_of,
-    seeds_of,
     up_block,
 )
 from lora_kernels.backends.triton.launch import SPIN_LIMIT, TYPES, dot_precision, fits_tma
@@ -70,12 +70,13 @@ def forward(
     if M == 0:
         return ys, list(ss)
     weights, biases = Weights.of(members), biases_of(members)
-    seeds, threshold = seeds_of([member.dropout for member in members])
+    masks = masks_of([member.dropout for member in members], M, K)
+    masked = masks[0] is not None
     scale_tensors, scales = scales_of(members)
     kind = (
         "group_forward", x.device, x.dtype, precision, K, x.stride(0), weights.by_rows,
         *[(w.shape, w.stride(0)) for w in weights.stored], *[a.shape[0] for a in lora_As], lora_As[0].dtype,
-        None if biases[0] is None else biases[0].dtype, threshold, tuple(t is None for t in scale_tensors),
+        None if biases[0] is None else biases[0].dtype, masked, tuple(t is None for t in scale_tensors),
         alignment(x, *weights.stored, *lora_As, *lora_Bs, *biases), dot_precision(x.dtype),
     )  # fmt: skip
     key = (M, tiles, spin_limit, programs, *kind)
@@ -87,12 +88,12 @@ def forward(
         chosen = tiles or group_tiles(chip, x.dtype.itemsize, use_tma, M, Ns)
         plan = plan_forward(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors)
         numbers = (
-            threshold or 0, spin_limit if plan.shares else 0, M, K, *_three(Ns, 0), *_three(ranks, 0), plan.k_parts[0],
+            spin_limit if plan.shares else 0, M, K, *_three(Ns, 0), *_three(ranks, 0), plan.k_parts[0],
             plan.shares, int(plan.left_stays), x.stride(0), *_three([w.stride(0) for w in weights.stored], 0),
         )  # fmt: skip
         options = _options(plan, len(members), x.dtype, precision) | {
             "W_IS_NK": weights.by_rows,
-            "MASK_X": threshold is not None,
+            "MASK_X": masked,
             "HAS_BIAS": biases[0] is not None,
         }
         m, n, k = chosen.block_m, chosen.block_n, chosen.block_k
@@ -105,7 +106,7 @@ def forward(
         remember(_launches, key, launch)
     pairs = [t for pair in zip(weights.stored, ys, strict=True) for t in pair]
     launch(x.device, (x, *_three(pairs, None, 6), *_three(lora_As), *_three(lora_Bs), *_three(biases), *_three(ss),
-                      *_three(seeds), *_three(scale_tensors), *_memory(launch, x.device), *_three(scales)))  # fmt: skip
+                      *_three(masks), *_three(scale_tensors), *_memory(launch, x.device), *_three(scales)))  # fmt: skip
     return ys, list(ss) if want_s else [None] * len(ss)
 
 
@@ -134,11 +135,12 @@ def backward_input(
     ts = narrow_of(first, lora_As, precision)
     if M == 0:
         return dx, ts
-    seeds, threshold = seeds_of([member.dropout for member in members])
+    masks = masks_of([member.dropout for member in members], M, K)
+    masked = masks[0] is not None
     scale_tensors, scales = scales_of(members)
     kind = (
         "group_input", first.device, first.dtype, precision, K, weights.by_rows, *[dy.stride(0) for dy in dys],
-        *[(w.shape, w.stride(0)) for w in weights.stored], *[a.shape[0] for a in lora_As], lora_As[0].dtype, threshold,
+        *[(w.shape, w.stride(0)) for w in weights.stored], *[a.shape[0] for a in lora_As], lora_As[0].dtype, masked,
         tuple(t is None for t in scale_tensors), alignment(*dys, *weights.stored, *lora_As, *lora_Bs),
         dot_precision(first.dtype),
     )  # fmt: skip
@@ -151,16 +153,15 @@ def backward_input(
         chosen = tiles or group_tiles(chip, itemsize, use_tma, M, [K])
         plan = plan_input(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors)
         numbers = (
-            threshold or 0, spin_limit if plan.shares else 0, M, K, *_three(Ns, 0), *_three(ranks, 0),
+            spin_limit if plan.shares else 0, M, K, *_three(Ns, 0), *_three(ranks, 0),
             *_three(plan.k_parts, 0), plan.shares, int(plan.left_stays), *_three([dy.stride(0) for dy in dys], 0),
             *_three([w.stride(0) for w in weights.stored], 0),
         )  # fmt: skip
         options = _options(plan, len(members), first.dtype, precision) | {
             "W_IS_NK": not weights.by_rows,
-            "MASKED": threshold is not None,
+            "MASKED": masked,
             "BLOCK_U": up_block(plan.rank_block * plan.rank_chunks * len(members), precision),
-            # With the masks in its epilogue, the flat loop's products would no longer overlap (ptxas C7515).
-            "FLATTEN": chosen.use_tma and threshold is None,
+            "FLATTEN": chosen.use_tma,
         }
         m, n, k = chosen.block_m, chosen.block_n, chosen.block_k
         pair = ((m, k), (k, n) if weights.by_rows else (n, k))
@@ -171,7 +172,7 @@ def backward_input(
         )  # fmt: skip
         remember(_launches, key, launch)
     pairs = [t for pair in zip(dys, weights.stored, strict=True) for t in pair]
-    launch(first.device, (dx, *_three(pairs, None, 6), *_three(lora_Bs), *_three(lora_As), *_three(ts), *_three(seeds),
+    launch(first.device, (dx, *_three(pairs, None, 6), *_three(lora_Bs), *_three(lora_As), *_three(ts), *_three(masks),
                           *_three(scale_tensors), *_memory(launch, first.device), *_three(scales)))  # fmt: skip
     return dx, ts
 
@@ -210,11 +211,12 @@ def backward_adapters(
     if M == 0 or not (given_ts or given_ss):
         return dAs, dBs
     read_x = x if given_ts else None
-    seeds, threshold = seeds_of([dropout for dropout, dA in zip(dropouts, dAs, strict=True) if dA is not None])
+    masks = masks_of([dropout for dropout, dA in zip(dropouts, dAs, strict=True) if dA is not None], M, K)
+    masked = bool(masks) and masks[0] is not None
     narrow = [*given_ts, *given_ss]
     kind = (
         "group_grads", device, dys[0].dtype, narrow[0].dtype, dtype, K, read_x is not None and read_x.stride(0),
-        len(given_ts), *[t.shape[1] for t in narrow], *[(dy.shape[1], dy.stride(0)) for dy in given_dys], threshold,
+        len(given_ts), *[t.shape[1] for t in narrow], *[(dy.shape[1], dy.stride(0)) for dy in given_dys], masked,
         alignment(read_x, *given_dys, *narrow), dot_precision(dys[0].dtype),
     )  # fmt: skip
     key = (M, tiles, *kind)
@@ -224,14 +226,14 @@ def backward_adapters(
         split = narrow[0].dtype != dys[0].dtype
         block_r = rank_block(rank, "split" if split else "native")
         sums = max(1, len(given_ts)) * block_r * (4 if split else 1)
-        chosen = tiles or group_grad_tiles(chip, dys[0].dtype.itemsize, sums, threshold is not None)
+        chosen = tiles or group_grad_tiles(chip, dys[0].dtype.itemsize, sums, masked)
         chunks = triton.cdiv(rank, block_r)
         blocks_x = triton.cdiv(K, chosen.block_c) if given_ts else 0
         blocks = blocks_x + sum(triton.cdiv(dy.shape[1], chosen.block_c) for dy in given_dys)
         parts, rows_per_part = row_parts(chip, chosen, M, blocks * chunks)
         stored_tiles = blocks + max(0, len(given_ts) - 1) * blocks_x
         numbers = (
-            threshold or 0, M, K, *_three([dy.shape[1] for dy in given_dys], 0),
+            M, K, *_three([dy.shape[1] for dy in given_dys], 0),
             *_three([t.shape[1] for t in given_ts], 0), *_three([s.shape[1] for s in given_ss], 0),
             0 if read_x is None else read_x.stride(0), *_three([dy.stride(0) for dy in given_dys], 0), rows_per_part, parts,
         )  # fmt: skip
@@ -241,7 +243,7 @@ def backward_adapters(
             "BLOCK_M": chosen.block_m,
             "BLOCK_C": chosen.block_c,
             "BLOCK_R": block_r,
-            "MASKED": threshold is not None,
+            "MASKED": masked,
             "PRECISION": dot_precision(dys[0].dtype),
             "num_warps": chosen.num_warps,
             "num_stages": chosen.num_stages,
@@ -252,7 +254,7 @@ def backward_adapters(
         )  # fmt: skip
         remember(_launches, key, launch)
     launch(device, (read_x, *_three(given_dys), *_three(given_ts), *_three(given_ss), *_three(given_dAs), *_three(given_dBs),
-                    *_three(seeds), *_memory(launch, device)))  # fmt: skip
+                    *_three(masks), *_memory(launch, device)))  # fmt: skip
     return dAs, dBs
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_kernels.backends import Member, Precision
 from lora_kernels.backends.triton.launch import NUMBERS_THAT_STAY
+from lora_kernels.backends.triton.mask_launch import bits_of
 from lora_kernels.backends.triton.tiles import OnePassTiles, group_share_out, rank_block, share_out
 from lora_kernels.dropout import Dropout
 
@@ -62,12 +63,10 @@ def biases_of(members: Sequence[Member]) -> list[Tensor | None]:
     return biases
 
 
-def seeds_of(dropouts: Sequence[Dropout | None]) -> tuple[list[Tensor | None], int | None]:
-    """Each member's seed, and the threshold of all; None where nothing is dropped."""
-    drawn = [dropout for dropout in dropouts if dropout is not None]
-    thresholds = {dropout.threshold for dropout in drawn}
-    assert len(drawn) in (0, len(dropouts)) and len(thresholds) <= 1, "the members of a group share dropout_p"
-    return [None if d is None else d.seed for d in dropouts], thresholds.pop() if thresholds else None
+def masks_of(dropouts: Sequence[Dropout | None], rows: int, columns: int) -> list[Tensor | None]:
+    """The bits of each member's mask [rows, columns]; None where nothing is dropped."""
+    assert len({None if dropout is None else dropout.p for dropout in dropouts}) <= 1, "the members of a group share dropout_p"
+    return [bits_of(dropout, rows, columns) for dropout in dropouts]
 
 
 def scales_of(members: Sequence[Member]) -> tuple[list[Tensor | None], list[float]]:

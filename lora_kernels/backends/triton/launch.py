@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_kernels.backends import Precision, Scale, tf32_allowed
 from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton.launches import Launch, alignment, remember
+from lora_kernels.backends.triton.mask_launch import bits_of
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.tiles import (
     OnePassTiles,
@@ -119,12 +120,12 @@ def one_pass(
         left, weight, down, up, bias, scale, dropout, mask_left, precision, (tiles, spin_limit, programs)
     )
     workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
-    seed = None if dropout is None else dropout.seed
+    mask = bits_of(dropout, M, left.shape[1] if mask_left else N)
     tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     # As it is stored.
     stored = weight.T if launch.needs_views and weight.stride(0) == 1 else weight
     zeros = zeros_for(device, launch.counters)
-    launch(device, (left, stored, out, down, up, bias, s, workspace, zeros, seed, tensor, number))
+    launch(device, (left, stored, out, down, up, bias, s, workspace, zeros, mask, tensor, number))
     return out, s
 
 
@@ -144,7 +145,7 @@ def one_pass_launch(
     key = (
         left.device, left.dtype, precision, left.shape, left.stride(0), weight.shape, weight.stride(), down.stride(),
         up.shape, up.stride(), down.dtype, bias is not None and bias.dtype, isinstance(scale, Tensor) and scale.dtype,
-        None if dropout is None else dropout.threshold, mask_left, alignment(left, weight, down, up, bias),
+        dropout is None, mask_left, alignment(left, weight, down, up, bias),
         dot_precision(left.dtype), forced,
     )  # fmt: skip
     launch = _launches.get(key)
@@ -169,13 +170,12 @@ def _plan_launch(
     programs: int | None,
 ) -> Launch:
     (M, K), N, R = left.shape, weight.shape[1], down.shape[1]
-    mask_out = dropout is not None and not mask_left
-    # Drawing a mask, and products of halves, take the few programs too long.
-    alone = dropout is None and precision != "split"
-    chosen = settle(left, weight, down, up, mask_out, precision, alone, tiles, programs)
+    mask_x, mask_out = dropout is not None and mask_left, dropout is not None and not mask_left
+    # Masked operands, and products of halves, take the few programs too long.
+    alone = precision != "split" and not mask_x
+    chosen = settle(left, weight, down, up, precision, alone, tiles, programs)
     plan = chosen.plan
     numbers = (
-        0 if dropout is None else dropout.threshold,
         spin_limit if plan.shared else 0,
         M,
         N,
@@ -194,12 +194,12 @@ def _plan_launch(
     )
     options = {
         **chosen.options,
-        "MASK_X": dropout is not None and mask_left,
+        "MASK_X": mask_x,
         "MASK_OUT": mask_out,
         "HAS_BIAS": bias is not None,
     }
     kind = (
-        "one_pass", *chosen.kind, mask_out, dropout is None, isinstance(scale, Tensor) and scale.dtype,
+        "one_pass", *chosen.kind, mask_x, mask_out, isinstance(scale, Tensor) and scale.dtype,
         bias is not None and bias.dtype, alignment(bias),
     )  # fmt: skip
     grid = (plan.programs, 1, 1)
@@ -225,7 +225,6 @@ def settle(
     weight: Tensor,
     down: Tensor,
     up: Tensor,
-    mask_out: bool,
     precision: Precision,
     alone: bool,
     tiles: OnePassTiles | None,
@@ -256,8 +255,7 @@ def settle(
         "PRECISION": dot_precision(dtype),
         "USE_TMA": tiles.use_tma,
         "DTYPE": TYPES[dtype],
-        # With the mask in its epilogue, the flat loop's products would no longer overlap (ptxas C7515).
-        "FLATTEN": tiles.use_tma and not mask_out,
+        "FLATTEN": tiles.use_tma,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }

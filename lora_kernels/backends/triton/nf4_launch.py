@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_kernels.backends import Precision, Scale
 from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton import launch, launches
+from lora_kernels.backends.triton.mask_launch import bits_of
 from lora_kernels.backends.triton.nf4 import dequantize_kernel
 from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
 from lora_kernels.backends.triton.nf4_tiles import (
@@ -170,22 +171,22 @@ def product(
     if M == 0:
         return out, s
     words = _words(weight.packed)
-    seed, threshold = (None, 0) if dropout is None else (dropout.seed, dropout.threshold)
+    mask = bits_of(dropout, M, weight.shape[1])
     tensor, number = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     kind = (
         "nf4_product", device, dtype, precision, forward, *weight.shape, R, weight.block_size, weight.double_quant, words.dtype,
-        left.stride(0), down.stride(), up.stride(), down.dtype, seed is None, None if tensor is None else tensor.dtype,
+        left.stride(0), down.stride(), up.stride(), down.dtype, mask is None, None if tensor is None else tensor.dtype,
         bias is not None and bias.dtype, launches.alignment(left, *weight.tensors(), down, up, bias),
     )  # fmt: skip
-    key = (M, threshold, tiles, parts, *kind)
+    key = (M, tiles, parts, *kind)
     launch = _products.get(key)
     if launch is None:
-        launch = _plan_launch(left, weight, down, up, seed is not None, threshold, forward, precision, kind, tiles, parts)
+        launch = _plan_launch(left, weight, down, up, mask is not None, forward, precision, kind, tiles, parts)
         launches.remember(_products, key, launch)
     workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
     scales = (weight.absmax, weight.nested_absmax, weight.nested_map, weight.offset)
     zeros = zeros_for(device, launch.counters)
-    launch(device, (left, words, *scales, out, down, up, bias, s, workspace, zeros, seed, tensor, number))
+    launch(device, (left, words, *scales, out, down, up, bias, s, workspace, zeros, mask, tensor, number))
     return out, s
 
 
@@ -195,7 +196,6 @@ def _plan_launch(
     down: Tensor,
     up: Tensor,
     masked: bool,
-    threshold: int,
     forward: bool,
     precision: Precision,
     kind: tuple[object, ...],
@@ -205,7 +205,7 @@ def _plan_launch(
     (M, L), R, (N, K), chip = left.shape, down.shape[1], weight.shape, chip_of(left.device)
     tiles = tiles or product_tiles(chip, M, forward)
     plan = plan_product(chip, tiles, parts, M, L, N if forward else K, R, precision)
-    numbers = (threshold, M, N, K, R, plan.s_parts, plan.parts, left.stride(0), *down.stride(), *up.stride())
+    numbers = (M, N, K, R, plan.s_parts, plan.parts, left.stride(0), *down.stride(), *up.stride())
     columns = tiles.block_l if forward else tiles.block_c
     options = {
         "BLOCK_M": tiles.block_m,

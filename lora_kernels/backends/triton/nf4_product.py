@@ -34,20 +34,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lora_kernels.backends.triton.mask import keep_tile
 from lora_kernels.backends.triton.nf4 import code_shifts, decode_codes, lane_table, load_scales
-from lora_kernels.backends.triton.pieces import keep_tile, load_tile, split_products
+from lora_kernels.backends.triton.pieces import anchored, load_tile, split_products
 from lora_kernels.backends.triton.sharing import add_down, part_bounds, publish
-
-
-@triton.jit
-def _anchored(values, pointers, never):
-    """`values`, as if they had been loaded from `pointers`. `never` is false.
-
-    Triton moves the layout that the tensor cores want up through a decoding to the loads that it starts from, but only
-    if it does start from loads. Otherwise every decoded tile would pass through shared memory. The pointers must
-    differ where the values do: what is loaded from one address, Triton takes for one value.
-    """
-    return tl.load(pointers, mask=tl.full(pointers.shape, 1, tl.int1) & never, other=values)
 
 
 @triton.jit
@@ -59,7 +49,7 @@ def _load(pointers, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _part_of_s(part, s_parts, row0, r0, x_ptr, stride_xm, down_ptr, stride_dl, stride_dr, seed_ptr, threshold, M, L, R,
+def _part_of_s(part, s_parts, row0, r0, x_ptr, stride_xm, down_ptr, stride_dl, stride_dr, mask_ptr, M, L, R,
                BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, MASK_X: tl.constexpr,
                SPLIT: tl.constexpr):  # fmt: skip
     """mask(X) D over one part of the reduction: a float32 tile [BLOCK_M, BLOCK_R]."""
@@ -67,7 +57,7 @@ def _part_of_s(part, s_parts, row0, r0, x_ptr, stride_xm, down_ptr, stride_dl, s
     s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for li in tl.range(first, last):
         x = load_tile(x_ptr, stride_xm, row0, li * BLOCK_L, M, L, BLOCK_M, BLOCK_L, False)
-        s = add_down(x, down_ptr, stride_dl, stride_dr, li * BLOCK_L, r0, L, R, s, row0, seed_ptr, threshold,
+        s = add_down(x, down_ptr, stride_dl, stride_dr, li * BLOCK_L, r0, L, R, s, row0, M, mask_ptr,
                      BLOCK_M, BLOCK_L, BLOCK_R, MASK_X, SPLIT, "tf32")  # fmt: skip
     return s
 
@@ -85,8 +75,8 @@ def _part_of_product(pid_m, pid_c, part, parts, x_ptr, stride_xm, words_ptr, abs
     COLUMNS: tl.constexpr = BLOCK_L if FORWARD else BLOCK_C
     SCALES: tl.constexpr = max(1, COLUMNS // BLOCK_SIZE)
     never = M < 0
-    table = _anchored(lane_table(pid_m, SHUFFLE), float_ptr + tl.zeros((1, 1), tl.int32), never)
-    shifts = _anchored(code_shifts(), words_ptr + code_shifts(), never)[None, None, :]
+    table = anchored(lane_table(pid_m, SHUFFLE), float_ptr + tl.zeros((1, 1), tl.int32), never)
+    shifts = anchored(code_shifts(), words_ptr + code_shifts(), never)[None, None, :]
     offset = 0.0
     if offset_ptr is not None:
         offset = tl.load(offset_ptr)
@@ -139,7 +129,7 @@ def _last_to_arrive(acc, part, parts, tile_ptr, arrived_ptr, BLOCK_M: tl.constex
 
 
 @triton.jit
-def finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, seed_ptr, threshold,
+def finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, mask_ptr,
                 M, C, R, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr,
                 MASK_OUT: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """Adds mask(S U) and the bias to a transposed tile of X op(W) and writes it."""
@@ -163,17 +153,17 @@ def finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_p
         else:
             acc = tl.dot(up.to(out_ptr.dtype.element_ty), s.to(out_ptr.dtype.element_ty), acc)
     if MASK_OUT:
-        keep = keep_tile(seed_ptr, pid_m * BLOCK_M, pid_c * BLOCK_C, threshold, BLOCK_M, BLOCK_C)
+        keep = keep_tile(mask_ptr, pid_m * BLOCK_M, pid_c * BLOCK_C, M, C, BLOCK_M, BLOCK_C)
         acc = product + tl.where(tl.trans(keep), acc, 0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns, in_c, other=0.0).to(tl.float32)
     tl.store(out_ptr + rows * C + columns, acc.to(out_ptr.dtype.element_ty), in_m & in_c)
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "s_parts", "parts"])
+@triton.jit(do_not_specialize=["M", "s_parts", "parts"])
 def nf4_product_kernel(
     x_ptr, words_ptr, absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, out_ptr, down_ptr, up_ptr, bias_ptr, s_ptr,
-    workspace_ptr, sync_ptr, seed_ptr, scale_ptr, scale, threshold, M, N, K, R, s_parts, parts,
+    workspace_ptr, sync_ptr, mask_ptr, scale_ptr, scale, M, N, K, R, s_parts, parts,
     stride_xm, stride_dl, stride_dr, stride_ur, stride_uc,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, FORWARD: tl.constexpr, EVEN_L: tl.constexpr, EVEN_K: tl.constexpr, MASKED: tl.constexpr,
@@ -201,7 +191,7 @@ def nf4_product_kernel(
         pid_m, share = ticket % row_tiles, ticket // row_tiles
         part, chunk = share // RANK_CHUNKS, share % RANK_CHUNKS
         s = _part_of_s(part, s_parts, pid_m * BLOCK_M, chunk * BLOCK_R, x_ptr, stride_xm, down_ptr, stride_dl, stride_dr,
-                       seed_ptr, threshold, M, L, R, BLOCK_M, BLOCK_L, BLOCK_R, MASKED and FORWARD, SPLIT)  # fmt: skip
+                       mask_ptr, M, L, R, BLOCK_M, BLOCK_L, BLOCK_R, MASKED and FORWARD, SPLIT)  # fmt: skip
         publish(s, workspace_ptr, s_arrived_ptr, ready_ptr, total_ptr, s_ptr, R, scale, pid_m, chunk, part, RANK_CHUNKS,
                 s_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
     else:
@@ -219,8 +209,8 @@ def nf4_product_kernel(
             tile_ptr += tile.to(tl.int64) * parts * (BLOCK_M * BLOCK_C)
             last, acc = _last_to_arrive(acc, part, parts, tile_ptr, arrived_ptr + tile, BLOCK_M, BLOCK_C)
         if last:
-            finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, seed_ptr,
-                        threshold, M, C, R, BLOCK_M, BLOCK_C, BLOCK_R, RANK_CHUNKS, MASKED and not FORWARD, SPLIT)  # fmt: skip
+            finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, mask_ptr,
+                        M, C, R, BLOCK_M, BLOCK_C, BLOCK_R, RANK_CHUNKS, MASKED and not FORWARD, SPLIT)  # fmt: skip
             tl.debug_barrier()
             if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == row_tiles * column_tiles - 1:
                 used = 3 + row_tiles * (1 + RANK_CHUNKS + column_tiles)

@@ -49,8 +49,8 @@ from lora_kernels.backends.triton.sharing import (
 
 @triton.jit
 def all_tiles(
-    x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr,
-    scale, threshold, spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays,
+    x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr,
+    scale, spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays,
     stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, ALONE: tl.constexpr,
@@ -91,7 +91,7 @@ def all_tiles(
         first, last = part_bounds(part, k_parts, k_tiles)
         if ALONE:
             share = compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, row0, chunk * BLOCK_R, first, last, M, K, R,
-                                  seed_ptr, threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION, USE_TMA,
+                                  mask_ptr, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION, USE_TMA,
                                   SHARE_STAGES)  # fmt: skip
         else:
             # A tile starts with its share, so that S is known early. But where L2 does not hold X, all sharing tiles of a
@@ -107,8 +107,8 @@ def all_tiles(
                 x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
                 w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
                 acc = tl.dot(x, w, acc, input_precision=PRECISION)
-                share = add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, seed_ptr,
-                                 threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
+                share = add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, chunk * BLOCK_R, K, R, share, row0, M, mask_ptr,
+                                 BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
         publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr, s_ptr, stride_sm, scale, pid_m, chunk, part, RANK_CHUNKS,
                 k_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
         if not ALONE:
@@ -119,7 +119,7 @@ def all_tiles(
                 w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, K, N, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
                 acc = tl.dot(x, w, acc, input_precision=PRECISION)
             finish_tile(False, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, total_ptr,
-                        seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
+                        mask_ptr, scale, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
                         stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, MASK_OUT,
                         HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
@@ -144,7 +144,7 @@ def all_tiles(
             if ki == k_tiles - 1:
                 all_stored = finish_tile(
                     all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, total_ptr,
-                    seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
+                    mask_ptr, scale, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
                     stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X,
                     MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -158,7 +158,7 @@ def all_tiles(
                 acc = tl.dot(x, w, acc, input_precision=PRECISION)
             all_stored = finish_tile(
                          all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr,
-                         total_ptr, seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
+                         total_ptr, mask_ptr, scale, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
                          stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS,
                          MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
@@ -177,10 +177,10 @@ def put_back(sync_ptr, used):
         tl.store(sync_ptr + offs, 0, mask=offs < used)
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "spin_limit", "k_parts", "shares", "sharers", "x_stays"])
+@triton.jit(do_not_specialize=["M", "spin_limit", "k_parts", "shares", "sharers", "x_stays"])
 def one_pass_kernel(
-    x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr,
-    scale, threshold, spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays,
+    x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr,
+    scale, spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays,
     stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, ALONE: tl.constexpr,
@@ -188,8 +188,8 @@ def one_pass_kernel(
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """The module's docstring says what it computes, all_tiles what the arguments are."""
-    all_tiles(x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, seed_ptr, scale_ptr, scale,
-              threshold, spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays, stride_xm, stride_w, stride_om, stride_dk,
+    all_tiles(x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr, scale,
+              spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays, stride_xm, stride_w, stride_om, stride_dk,
               stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN,
               DOWN_ALIGN, ALONE, SHARE_STAGES, W_IS_NK, MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
     tl.debug_barrier()

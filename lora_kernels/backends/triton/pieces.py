@@ -1,35 +1,26 @@
-"""Device functions that more than one kernel uses: dropout bits, products of mixed precision, tile loads."""
+"""Device functions that more than one kernel uses: products of mixed precision, tiles in and out, and halves of them."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from lora_kernels.dropout import PHILOX_ROUNDS
-
-_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
-
-
-@triton.jit
-def keep_tile(seed_ptr, row0, column0, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The dropout mask of a tile [BLOCK_M, BLOCK_C] whose first element is (row0, column0); column0 % 8 == 0.
-
-    lora_kernels/dropout.py says which bits these are.
-    """
-    seed = tl.load(seed_ptr)
-    groups = (column0 // 8 + tl.arange(0, BLOCK_C // 8)).to(tl.uint32)[None, :]
-    rows = (row0 + tl.arange(0, BLOCK_M)).to(tl.uint32)[:, None]
-    zeros = tl.zeros((BLOCK_M, BLOCK_C // 8), tl.uint32)
-    word0, word1, word2, word3 = tl.philox(seed, groups + zeros, rows + zeros, zeros, zeros, _ROUNDS)
-    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
-    lanes = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(lanes, (BLOCK_M, BLOCK_C)).to(tl.int32) >= threshold
-
 
 @triton.jit
 def aligned(number, divisor: tl.constexpr):
     """`number`, of which the compiler now knows that `divisor` divides it."""
     return number // divisor * divisor
+
+
+@triton.jit
+def anchored(values, pointers, never):
+    """`values`, as if they had been loaded from `pointers`. `never` is false.
+
+    Triton moves the layout that the tensor cores want up through what is done to an operand to the loads that this starts
+    from, but only if it does start from loads. Otherwise every tile would pass through shared memory. The pointers must
+    differ where the values do: what is loaded from one address, Triton takes for one value.
+    """
+    return tl.load(pointers, mask=tl.full(pointers.shape, 1, tl.int1) & never, other=values)
 
 
 @triton.jit
@@ -141,3 +132,39 @@ def store_tile(
         offs_column = column0 + tl.arange(0, BLOCK_COLUMNS)
         mask = (offs_row < rows)[:, None] & (offs_column < columns)[None, :]
         tl.store(ref + offs_row.to(tl.int64)[:, None] * stride + offs_column[None, :], tile, mask=mask)
+
+
+@triton.jit
+def s_addresses(s_ptr, stride_sm, row0, r0, M, R, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    offs_m = row0 + tl.arange(0, BLOCK_M)
+    offs_r = r0 + tl.arange(0, BLOCK_C)
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    return s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :], mask
+
+
+@triton.jit
+def load_s(stored, s_ptr, stride_sm, row0, r0, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
+    address, mask = s_addresses(s_ptr, stride_sm, row0, r0, tl.where(stored, M, 0), R, BLOCK_M, BLOCK_R)
+    # Another multiprocessor may have written it: L1 may not be asked.
+    return tl.load(address, mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def load_up(up_ptr, stride_ur, stride_un, r0, n0, R, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile [BLOCK_R, BLOCK_N] of U."""
+    offs_r = r0 + tl.arange(0, BLOCK_R)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask = (offs_r < R)[:, None] & (offs_n < N)[None, :]
+    return tl.load(up_ptr + offs_r[:, None] * stride_ur + offs_n[None, :].to(tl.int64) * stride_un, mask, other=0.0)
+
+
+@triton.jit
+def halves(tile, X: tl.constexpr, Y: tl.constexpr):
+    """The left and the right half of a tile [X, Y]: a whole one's way out through shared memory would cost a stage."""
+    return tl.split(tl.permute(tl.reshape(tile, (X, 2, Y // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def rejoined(left, right, X: tl.constexpr, Y: tl.constexpr):
+    """The tile [X, Y] of which these are the halves."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (X, Y))

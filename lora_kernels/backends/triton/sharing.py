@@ -8,12 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lora_kernels.backends.triton.mask import keep_operand
+from lora_kernels.backends.triton.masked_up import add_masked_up, between_masked
 from lora_kernels.backends.triton.pieces import (
+    halves,
     in_parts,
-    keep_tile,
+    load_s,
     load_tile,
+    load_up,
+    s_addresses,
     split_dot,
-    split_products,
     store_tile,
     sum_of_parts,
 )
@@ -21,13 +25,10 @@ from lora_kernels.backends.triton.tiles import MAX_PARTS as _MAX_PARTS
 
 # The most parts that a chunk of S is summed from.
 MAX_PARTS = tl.constexpr(_MAX_PARTS)
-# Columns of S U that are masked at once. More would not fit into the registers; with 32, dx was wrong on an H100 at every
-# rank above 16 (docs/kernels.md, under "Traps").
-MASKED_COLUMNS = tl.constexpr(64)
 
 
 @triton.jit
-def add_down(x, down_ptr, stride_dk, stride_dr, k0, r0, K, R, s, row0, seed_ptr, threshold,
+def add_down(x, down_ptr, stride_dk, stride_dr, k0, r0, K, R, s, row0, M, mask_ptr,
              BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
              MASK_X: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """s + mask(x) D for one step of K."""
@@ -36,7 +37,7 @@ def add_down(x, down_ptr, stride_dk, stride_dr, k0, r0, K, R, s, row0, seed_ptr,
     mask = (offs_k < K)[:, None] & (offs_r < R)[None, :]
     down = tl.load(down_ptr + offs_k[:, None].to(tl.int64) * stride_dk + offs_r[None, :] * stride_dr, mask, other=0.0)
     if MASK_X:
-        x = tl.where(keep_tile(seed_ptr, row0, k0, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+        x = tl.where(keep_operand(mask_ptr, row0, k0, M, K, BLOCK_M, BLOCK_K), x, 0.0)
     if SPLIT:
         # Added here, not in the tensor cores, whose long sums are truncated at each step.
         return s + sum_of_parts(tl.dot(x, in_parts(down, (offs_k < K)[:, None])), BLOCK_M, BLOCK_R)
@@ -53,14 +54,14 @@ def part_bounds(part, k_parts, k_tiles):
 
 
 @triton.jit
-def compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, row0, r0, first, last, M, K, R, seed_ptr, threshold,
+def compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, row0, r0, first, last, M, K, R, mask_ptr,
                   BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, MASK_X: tl.constexpr,
                   SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One share of S on its own, for whoever cannot have it from a main loop."""
     s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for ki in tl.range(first, last, num_stages=STAGES):
         x = load_tile(x_ref, stride_xm, row0, ki * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
-        s = add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, r0, K, R, s, row0, seed_ptr, threshold,
+        s = add_down(x, down_ptr, stride_dk, stride_dr, ki * BLOCK_K, r0, K, R, s, row0, M, mask_ptr,
                      BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT, PRECISION)  # fmt: skip
     return s
 
@@ -70,14 +71,6 @@ def share_offsets(pid_m, item, row_tiles, BLOCK_M: tl.constexpr, BLOCK_R: tl.con
     """Where the workspace keeps a share: shares are whole tiles, so that no access needs a mask."""
     tile = (item * row_tiles + pid_m).to(tl.int64) * (BLOCK_M * BLOCK_R)
     return tile + tl.arange(0, BLOCK_M)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-
-
-@triton.jit
-def s_addresses(s_ptr, stride_sm, row0, r0, M, R, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    offs_m = row0 + tl.arange(0, BLOCK_M)
-    offs_r = r0 + tl.arange(0, BLOCK_C)
-    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    return s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :], mask
 
 
 @triton.jit
@@ -139,23 +132,17 @@ def load_w(w_ref, stride_w, k0, n0, K, N, BLOCK_K: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def add_up(acc, s, up_ptr, stride_ur, stride_un, r0, n0, R, N, dtype: tl.constexpr, BLOCK_R: tl.constexpr,
-           BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
-    """acc + s U for one chunk of the rank. OVERLAPS: the main loop's products go on behind it."""
-    offs_r = r0 + tl.arange(0, BLOCK_R)
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask = (offs_r < R)[:, None] & (offs_n < N)[None, :]
-    up = tl.load(up_ptr + offs_r[:, None] * stride_ur + offs_n[None, :].to(tl.int64) * stride_un, mask, other=0.0)
+           BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc + s U for one chunk of the rank."""
+    up = load_up(up_ptr, stride_ur, stride_un, r0, n0, R, N, BLOCK_R, BLOCK_N)
     if SPLIT:
-        if OVERLAPS:
-            return split_dot(s, up, (offs_n < N)[None, :], acc)
-        else:
-            return split_products(s, up, acc)
+        return split_dot(s, up, (n0 + tl.arange(0, BLOCK_N) < N)[None, :], acc)
     else:
         return tl.dot(s.to(dtype), up.to(dtype), acc, input_precision=PRECISION)
 
 
 @triton.jit
-def compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R, k_tiles, k_parts,
+def compute_s(pid_m, x_ref, down_ptr, s_ptr, mask_ptr, scale, M, K, R, k_tiles, k_parts,
               stride_xm, stride_dk, stride_dr, stride_sm, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
               BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, SPLIT: tl.constexpr,
               PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
@@ -165,43 +152,15 @@ def compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R
         for part in tl.range(0, k_parts, num_stages=1):
             first, last = part_bounds(part, k_parts, k_tiles)
             s += compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, pid_m * BLOCK_M, chunk * BLOCK_R,
-                               first, last, M, K, R, seed_ptr, threshold, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT,
+                               first, last, M, K, R, mask_ptr, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT,
                                PRECISION, USE_TMA, 1)  # fmt: skip
         address, mask = s_addresses(s_ptr, stride_sm, pid_m * BLOCK_M, chunk * BLOCK_R, M, R, BLOCK_M, BLOCK_R)
         tl.store(address, (s * scale).to(s_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
-def load_s(stored, s_ptr, stride_sm, row0, r0, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
-    address, mask = s_addresses(s_ptr, stride_sm, row0, r0, tl.where(stored, M, 0), R, BLOCK_M, BLOCK_R)
-    # Another multiprocessor may have written it: L1 may not be asked.
-    return tl.load(address, mask, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile: a whole one's way out through shared memory would cost a stage."""
-    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def add_masked_up(acc, stored, pid_m, column0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur, stride_un,
-                  stride_sm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                  RANK_CHUNKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-                  DTYPE: tl.constexpr):  # fmt: skip
-    """acc + mask(S U) for BLOCK_N columns from `column0`."""
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
-        s = load_s(stored, s_ptr, stride_sm, pid_m * BLOCK_M, chunk * BLOCK_R, M, R, BLOCK_M, BLOCK_R)
-        up = add_up(up, s, up_ptr, stride_ur, stride_un, chunk * BLOCK_R, column0, R, N, DTYPE, BLOCK_R, BLOCK_N, SPLIT,
-                    PRECISION, False)  # fmt: skip
-    keep = keep_tile(seed_ptr, pid_m * BLOCK_M, column0, threshold, BLOCK_M, BLOCK_N)
-    return acc + tl.where(keep, up, 0.0)
-
-
-@triton.jit
 def finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr,
-                total_ptr, seed_ptr, scale, threshold, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
+                total_ptr, mask_ptr, scale, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
                 stride_ur, stride_un, stride_sm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                 BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
                 HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
@@ -221,7 +180,7 @@ def finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr,
     if not all_stored:
         stored = all_ready(ready_ptr + pid_m, RANK_CHUNKS, spin_limit)
         if not stored:
-            compute_s(pid_m, x_ref, down_ptr, s_ptr, seed_ptr, scale, threshold, M, K, R, k_tiles, k_parts, stride_xm,
+            compute_s(pid_m, x_ref, down_ptr, s_ptr, mask_ptr, scale, M, K, R, k_tiles, k_parts, stride_xm,
                       stride_dk, stride_dr, stride_sm, BLOCK_M, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, SPLIT, PRECISION,
                       USE_TMA)  # fmt: skip
             # The threads must meet between the stores and the loads of S. The result of an atomic reaches all of them
@@ -230,34 +189,17 @@ def finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr,
             stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
         all_stored = tl.atomic_add(total_ptr, 0, sem="acquire") == tl.cdiv(M, BLOCK_M) * RANK_CHUNKS
     if MASK_OUT:
-        if HALF < MASKED_COLUMNS:
-            acc = add_masked_up(acc, stored, pid_m, left0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur, stride_un,
-                                stride_sm, BLOCK_M, BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
-        left, right = halves(acc, BLOCK_M, BLOCK_N)
-        for side in tl.static_range(2):
-            half = left if side == 0 else right
-            half0 = left0 + side * HALF
-            if HALF > MASKED_COLUMNS:
-                first, second = halves(half, BLOCK_M, HALF)
-                first = add_masked_up(first, stored, pid_m, half0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur,
-                                      stride_un, stride_sm, BLOCK_M, HALF // 2, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
-                                      DTYPE)  # fmt: skip
-                second = add_masked_up(second, stored, pid_m, half0 + HALF // 2, up_ptr, s_ptr, seed_ptr, threshold, M, N,
-                                       R, stride_ur, stride_un, stride_sm, BLOCK_M, HALF // 2, BLOCK_R, RANK_CHUNKS,
-                                       SPLIT, PRECISION, DTYPE)  # fmt: skip
-                half = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (BLOCK_M, HALF))
-            elif HALF == MASKED_COLUMNS:
-                half = add_masked_up(half, stored, pid_m, half0, up_ptr, s_ptr, seed_ptr, threshold, M, N, R, stride_ur,
-                                     stride_un, stride_sm, BLOCK_M, HALF, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
-                                     DTYPE)  # fmt: skip
-            store_tile(out_ref, stride_om, row0, half0, M, N, half.to(DTYPE), BLOCK_M, HALF, USE_TMA)
+        if USE_TMA:
+            acc = between_masked(acc, BLOCK_M, BLOCK_N, DTYPE)
+        acc = add_masked_up(acc, stored, row0, left0, up_ptr, s_ptr, mask_ptr, M, N, R, stride_ur, stride_un, stride_sm,
+                            BLOCK_M, BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE, USE_TMA)  # fmt: skip
     else:
         for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
             r0 = chunk * BLOCK_R
             s = load_s(stored, s_ptr, stride_sm, row0, r0, M, R, BLOCK_M, BLOCK_R)
             acc = add_up(acc, s, up_ptr, stride_ur, stride_un, r0, left0, R, N, DTYPE, BLOCK_R, BLOCK_N, SPLIT,
-                         PRECISION, True)  # fmt: skip
-        left, right = halves(acc, BLOCK_M, BLOCK_N)
-        store_tile(out_ref, stride_om, row0, left0, M, N, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
-        store_tile(out_ref, stride_om, row0, right0, M, N, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)
+                         PRECISION)  # fmt: skip
+    left, right = halves(acc, BLOCK_M, BLOCK_N)
+    store_tile(out_ref, stride_om, row0, left0, M, N, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
+    store_tile(out_ref, stride_om, row0, right0, M, N, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)
     return all_stored

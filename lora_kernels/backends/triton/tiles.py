@@ -57,6 +57,8 @@ _HOPPER = (
     OnePassTiles(64, 256, 64, 4, 4, True, 0.88),
     OnePassTiles(128, 128, 64, 8, 4, True, 0.86),
     OnePassTiles(64, 128, 64, 4, 4, True, 0.57),
+    # For few tokens, which wait for W: many programs, each with many bytes under way.
+    OnePassTiles(64, 64, 64, 4, 8, True, 0.3),
 )
 _POINTERS = (
     OnePassTiles(128, 128, 32, 8, 4, False, 0.8),

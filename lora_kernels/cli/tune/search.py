@@ -22,9 +22,8 @@ _TMA = (
     (128, 128, 64, 8, 5),
     (256, 128, 64, 8, 3),
     (128, 64, 64, 4, 5),
-    # Few tokens wait for W: many programs, each with many bytes under way.
+    # Few tokens wait for W: many bytes under way.
     (64, 128, 64, 4, 6),
-    (64, 64, 64, 4, 8),
 )
 _POINTERS = (
     (128, 256, 32, 8, 3),

@@ -1,0 +1,99 @@
+"""The dropout mask as bits: drawn once for a launch, and read wherever a kernel masks.
+
+    bits[m, w]    int32 [M, 4 ceil(columns / 128)];  element (m, k) stays if bit 16 (k % 2) + k % 32 // 2 of word k // 32 is set
+
+lora_kernels/dropout.py says which elements stay. A mask of bits is a sixteenth of a bfloat16 x, lives as long as one
+forward or one backward, and costs a kernel that multiplies nothing: drawn in an epilogue, it would keep the products
+of the tiles behind from overlapping.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lora_kernels.backends.triton.pieces import anchored
+from lora_kernels.dropout import PHILOX_ROUNDS
+
+_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+
+
+@triton.jit
+def mask_words(columns):
+    """The words of a row of the mask: whole loads of 16 bytes."""
+    return tl.cdiv(columns, 128) * 4
+
+
+@triton.jit
+def _philox(seed, c0, c1):
+    """Philox4x32 of the counters (c0, c1, 0, 0), as lora_kernels/dropout.py has it.
+
+    tl.philox takes two instructions for the halves of a product; one of 64 bits has both.
+    """
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    key0, key1 = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        product0, product1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (product1 >> 32).to(tl.uint32) ^ c1 ^ key0, (product0 >> 32).to(tl.uint32) ^ c3 ^ key1
+        c1, c3 = product1.to(tl.uint32), product0.to(tl.uint32)
+        key0, key1 = key0 + 0x9E3779B9, key1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def mask_kernel(seed_ptr, bits_ptr, threshold, M, columns, BELOW_HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """The bits of a draw, BLOCK words a program. BELOW_HALF: whether the threshold, of 2^16, is below 2^15."""
+    words = mask_words(columns)
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows, offs_w = offs // words, offs % words
+    seed = tl.load(seed_ptr)
+    # Two lanes of 16 bits at once: `reached` has in each lane's sign whether its other bits reach the threshold's. The
+    # lane itself does if it has the sign as well, or, where the threshold has none, if either has it. With a threshold
+    # of 2^16 no lane does.
+    addend = ((0x8000 - (threshold & 0x7FFF)) * 0x10001).to(tl.uint32)
+    signs = tl.where(threshold < 0x10000, 0x80008000, 0).to(tl.uint32)
+    bits = tl.zeros((BLOCK,), tl.uint32)
+    for i in tl.static_range(4):
+        lanes = _philox(seed, (4 * offs_w + i).to(tl.uint32), rows.to(tl.uint32))
+        for j in tl.static_range(4):
+            reached = (lanes[j] & 0x7FFF7FFF) + addend
+            keep = lanes[j] | reached if BELOW_HALF else lanes[j] & reached
+            bits = (bits >> 1) | (keep & signs)
+    tl.store(bits_ptr + offs, bits.to(tl.int32, bitcast=True), rows < M)
+
+
+@triton.jit
+def load_bits(bits_ptr, row0, column0, rows, columns, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The words of a tile [BLOCK_M, BLOCK_C] whose first element is (row0, column0); column0 % 32 == 0."""
+    words = mask_words(columns)
+    offs_m = row0 + tl.arange(0, BLOCK_M)
+    offs_w = column0 // 32 + tl.arange(0, BLOCK_C // 32)
+    inside = (offs_m < rows)[:, None] & (offs_w < words)[None, :]
+    return tl.load(bits_ptr + offs_m.to(tl.int64)[:, None] * words + offs_w[None, :], inside, other=0)
+
+
+@triton.jit
+def bit_places():
+    """Where in a word the bit of each of its 32 elements is."""
+    offs_k = tl.arange(0, 32)
+    return 16 * (offs_k % 2) + offs_k // 2
+
+
+@triton.jit
+def kept(bits, places, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which elements of a tile stay, by its words."""
+    return tl.reshape((bits[:, :, None] >> places[None, None, :]) & 1, (BLOCK_M, BLOCK_C)) != 0
+
+
+@triton.jit
+def keep_tile(bits_ptr, row0, column0, rows, columns, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which elements of a tile stay, as load_bits and kept have it."""
+    bits = load_bits(bits_ptr, row0, column0, rows, columns, BLOCK_M, BLOCK_C)
+    return kept(bits, bit_places(), BLOCK_M, BLOCK_C)
+
+
+@triton.jit
+def keep_operand(bits_ptr, row0, column0, rows, columns, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """keep_tile of a tile that is loaded, masked and multiplied, which so does not pass through shared memory twice."""
+    bits = load_bits(bits_ptr, row0, column0, rows, columns, BLOCK_M, BLOCK_C)
+    return kept(bits, anchored(bit_places(), bits_ptr + tl.arange(0, 32), rows < 0), BLOCK_M, BLOCK_C)
