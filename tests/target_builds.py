@@ -44,7 +44,8 @@ class Build:
     """One kernel, as the launcher would ask for it.
 
     turned: the weight is stored as [K, N], and not as [N, K]. ieee: float32 products are without TF32. alone: S is
-    computed by programs that have fewer tiles, if there are no masks and no halves. want_h: of a gated MLP's backward.
+    computed by programs that have fewer tiles, if X has no mask and there are no halves. want_h: of a gated MLP's
+    backward.
     """
 
     capability: int
@@ -119,7 +120,8 @@ def tile_builds(capability: int) -> Iterator[Build]:
             if tiles.use_tma:
                 yield replace(plain, alone=False)
             if tiles.use_tma and not forward:
-                yield replace(plain, kernel="backward")
+                yield replace(plain, masked=True, precision="split")
+                yield from (replace(plain, kernel="backward"), replace(plain, kernel="backward", masked=True))
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), rank=64)
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), masked=True, precision="split", rank=64)
     for masked, rank in ((False, 16), (True, 64)):
@@ -132,7 +134,8 @@ def tile_builds(capability: int) -> Iterator[Build]:
             if capability != 89:
                 yield replace(plain, masked=True, rank=64)
                 yield replace(plain, precision="split", aligned=False)
-    yield Build(capability, "mask", MASK)
+    # For p below a half, and above.
+    yield from (Build(capability, "mask", MASK), Build(capability, "mask", MASK, forward=False))
     yield Build(capability, "dequantize", DEQUANTIZE)
     yield Build(capability, "dequantize", DEQUANTIZE, aligned=False)
     for kernel, activation in (("gated_forward", "silu"), ("gated_backward", "silu"), ("gated_backward", "gelu_tanh")):

@@ -77,7 +77,7 @@ def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
 
 def _mask(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     assert isinstance(build.tiles, PlainBlock)
-    return {"BELOW_HALF": True, "BLOCK": build.tiles.block}, {"seed_ptr": "*i64", "bits_ptr": "*i32"}
+    return {"BELOW_HALF": build.forward, "BLOCK": build.tiles.block}, {"seed_ptr": "*i64", "bits_ptr": "*i32"}
 
 
 def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:

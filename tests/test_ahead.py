@@ -207,5 +207,5 @@ def test_on_a_gpu_what_was_compiled_ahead_is_what_runs(tmp_path: Path) -> None:
     from lora_kernels.backends.triton.backward_launch import is_for_one_launch
 
     whole = is_for_one_launch(torch.device("cuda", 0), 16)
-    names = ["one_pass_kernel", "one_pass_kernel", "adapter_grads_kernel"] + ["backward_kernel"] * whole
+    names = ["one_pass_kernel", "mask_kernel", "one_pass_kernel", "adapter_grads_kernel"] + ["backward_kernel"] * whole
     assert _compiled(GPU, tmp_path) == _ahead(*names)

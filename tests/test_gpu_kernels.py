@@ -166,15 +166,20 @@ def test_direct_launches_give_the_bits_of_tritons_own(monkeypatch: pytest.Monkey
         assert torch.equal(value, want)
 
 
-@pytest.mark.parametrize("kernel", ["mask", "dequantize"])
+@pytest.mark.parametrize("kernel", ["mask", "dequantize", "one_pass"])
 def test_the_first_call_to_cuda_of_a_thread_may_be_a_launch(kernel: str) -> None:
     """As in autograd's thread, where a layer with dropout or an NF4 weight is the last of a model."""
     seed = torch.tensor([7], device="cuda")
     weight = NF4Weight.quantize(torch.randn(256, 512, device="cuda", dtype=torch.bfloat16))
+    # For tensors that no call has described to TMA yet.
+    cases = iter([Case(64, 512, 256, 16, torch.bfloat16).tensors(torch.device("cuda", 0)) for _ in range(4)])
 
     def call() -> Tensor:
         if kernel == "dequantize":
             return nf4_launch.dequantize(weight, torch.bfloat16)
+        if kernel == "one_pass":
+            t = next(cases)
+            return launch.one_pass(t.x, t.weight.T, t.lora_A.T, t.lora_B.T, None, 2.0, None, True, "native")[0]
         bits = bits_of(Dropout(0.3, seed), 64, 512)
         assert bits is not None
         return bits

@@ -333,15 +333,19 @@ def test_what_the_driver_refuses_is_an_error(function: str, path: LaunchPath, mo
         run(tensors | {"x": tensors["x"].detach().clone().requires_grad_()})
 
 
-def test_a_thread_that_has_not_called_cuda_yet(path: LaunchPath) -> None:
-    """Its first launch finds no context, whoever makes it."""
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_thread_that_has_not_called_cuda_yet(dropout: float, path: LaunchPath) -> None:
+    """Its first launch, and its first tensor map, find no context, whoever asks for them."""
     tensors = make(*LEAVES)
-    want = in_python(tensors, dropout_p=0.3)
-    who = set()
+    want = in_python(tensors, dropout_p=dropout)
+    who: set[int] = set()
+    copies = []
     for _ in range(5):
+        # At addresses that no map is known for.
+        copies.append({k: t.detach().clone().requires_grad_(t.requires_grad) for k, t in tensors.items()})
         path.who()
         path.driver.context = 0
-        assert_same(run(tensors, dropout_p=0.3), want)
+        assert_same(run(copies[-1], dropout_p=dropout), want)
         assert path.driver.context == CONTEXT
         who |= path.who()
     assert who == {PYTHON, NATIVE}

@@ -92,15 +92,10 @@ class Launch {
       copy_map(rank, tensors[shapes_[rank].argument], maps[rank]);
       parameters[mapped_[rank]] = &maps[rank];
     }
-    const auto launched = [&] {
+    const int error = in_context([&] {
       return driver.launch(function_, grid_[0], grid_[1], grid_[2], threads_, 1, 1, shared_, stream, parameters.data(),
                            nullptr);
-    };
-    int error = launched();
-    if (error == kNoContext) {
-      driver.set_context(context_);
-      error = launched();
-    }
+    });
     TORCH_CHECK(error == 0, "the CUDA driver refused a kernel launch with error " + std::to_string(error));
   }
 
@@ -118,6 +113,15 @@ class Launch {
   // What a thread is told that has not called CUDA yet, as autograd's may not have.
   static constexpr int kNoContext = 201;
 
+  // What a call of the driver returns in a thread that has a context by then.
+  template <typename Call>
+  int in_context(const Call& call) const {
+    const int error = call();
+    if (error != kNoContext) return error;
+    driver.set_context(context_);
+    return call();
+  }
+
   // Allocators hand out the same places again, so a map is encoded once for each.
   void copy_map(size_t rank, const void* address, Map& out) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -130,9 +134,10 @@ class Launch {
     const MapShape& shape = shapes_[rank];
     const std::array<uint64_t, 2> sizes{shape.columns, shape.rows};
     const std::array<uint32_t, 2> box{shape.box_columns, shape.box_rows}, steps{1, 1};
-    const int error = driver.encode_map(&out, shape.type, 2, const_cast<void*>(address), sizes.data(),
-                                        &shape.row_bytes, box.data(), steps.data(), 0, shape.swizzle,
-                                        kL2Promotion128B, 0);
+    const int error = in_context([&] {
+      return driver.encode_map(&out, shape.type, 2, const_cast<void*>(address), sizes.data(), &shape.row_bytes,
+                               box.data(), steps.data(), 0, shape.swizzle, kL2Promotion128B, 0);
+    });
     TORCH_CHECK(error == 0, "the CUDA driver refused a tensor map for [" + std::to_string(shape.rows) + ", " +
                                 std::to_string(shape.columns) + "] with error " + std::to_string(error));
     if (encoded.size() >= kMostEncoded) encoded.clear();

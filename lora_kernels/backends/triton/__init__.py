@@ -1,4 +1,4 @@
-"""The Triton backend: one launch forward, and one or two backward."""
+"""The Triton backend: one launch forward, and one or two backward; with dropout one more before each."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _describe(problem: Problem) -> str | None:
     path = "TMA descriptors" if use_tma else "pointers"
     backward = "one" if backward_launch.is_for_one_launch(problem.device, problem.rank) else "two"
     nf4 = f"; {nf4_tiles.describe(chip, problem.dtype, problem.in_features)}" if problem.nf4 else ""
-    return f"one launch forward, {backward} backward; {path}; tiles by M from {tiles}{nf4}"
+    return f"one launch forward, {backward} backward, with dropout one more each; {path}; tiles by M from {tiles}{nf4}"
 
 
 def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:

@@ -105,12 +105,17 @@ class DirectKernel:
             ctypes.c_void_p(self.function), *grid, self.threads, 1, 1, self.shared, ctypes.c_void_p(stream),
             buffer.parameters, None,
         )  # fmt: skip
-        error = self._driver.cuLaunchKernel(*arguments)
-        if error == _NO_CONTEXT:
-            self._driver.cuCtxSetCurrent(ctypes.c_void_p(self.context))
-            error = self._driver.cuLaunchKernel(*arguments)
+        error = self._in_context(self._driver.cuLaunchKernel, *arguments)
         if error:
             raise RuntimeError(f"the CUDA driver refused a kernel launch with error {error}")
+
+    def _in_context(self, function: Any, *arguments: Any) -> int:
+        """What a function of the driver returns in a thread that has a context by then."""
+        error: int = function(*arguments)
+        if error == _NO_CONTEXT:
+            self._driver.cuCtxSetCurrent(ctypes.c_void_p(self.context))
+            error = function(*arguments)
+        return error
 
     def map_shape(self, rank: int, tensor: Tensor) -> MapShape:
         """The map of a two-dimensional tensor as the kernel's rank-th one."""
@@ -124,7 +129,8 @@ class DirectKernel:
         """The address of a tensor map, and what keeps it."""
         storage = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
         address = -(-ctypes.addressof(storage) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
-        error = self._driver.cuTensorMapEncodeTiled(
+        error = self._in_context(
+            self._driver.cuTensorMapEncodeTiled,
             ctypes.c_void_p(address),
             shape.type,
             2,

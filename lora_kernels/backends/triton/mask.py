@@ -2,9 +2,9 @@
 
     bits[m, w]    int32 [M, 4 ceil(columns / 128)];  element (m, k) stays if bit 16 (k % 2) + k % 32 // 2 of word k // 32 is set
 
-lora_kernels/dropout.py says which elements stay. A mask of bits is a sixteenth of a bfloat16 x, lives as long as one
-forward or one backward, and costs a kernel that multiplies nothing: drawn in an epilogue, it would keep the products
-of the tiles behind from overlapping.
+lora_kernels/dropout.py says which elements stay. A mask of bits takes a sixteenth of a bfloat16 x for as long as one
+forward or one backward lasts. Drawn where they are needed, they would be drawn twice in a backward, and in an epilogue
+keep the products of the next tile from overlapping.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def _philox(seed, c0, c1):
         product0, product1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
         c0, c2 = (product1 >> 32).to(tl.uint32) ^ c1 ^ key0, (product0 >> 32).to(tl.uint32) ^ c3 ^ key1
         c1, c3 = product1.to(tl.uint32), product0.to(tl.uint32)
-        key0, key1 = key0 + 0x9E3779B9, key1 + 0xBB67AE85
+        # They wrap around, which TRITON_DEBUG=1 would take for a mistake.
+        key0 = tl.add(key0, 0x9E3779B9, sanitize_overflow=False)
+        key1 = tl.add(key1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
 
 
@@ -50,13 +52,14 @@ def mask_kernel(seed_ptr, bits_ptr, threshold, M, columns, BELOW_HALF: tl.conste
     # Two lanes of 16 bits at once: `reached` has in each lane's sign whether its other bits reach the threshold's. The
     # lane itself does if it has the sign as well, or, where the threshold has none, if either has it. With a threshold
     # of 2^16 no lane does.
-    addend = ((0x8000 - (threshold & 0x7FFF)) * 0x10001).to(tl.uint32)
+    addend = (0x8000 - (threshold & 0x7FFF)).to(tl.uint32)
+    addend |= addend << 16
     signs = tl.where(threshold < 0x10000, 0x80008000, 0).to(tl.uint32)
     bits = tl.zeros((BLOCK,), tl.uint32)
     for i in tl.static_range(4):
         lanes = _philox(seed, (4 * offs_w + i).to(tl.uint32), rows.to(tl.uint32))
         for j in tl.static_range(4):
-            reached = (lanes[j] & 0x7FFF7FFF) + addend
+            reached = tl.add(lanes[j] & 0x7FFF7FFF, addend, sanitize_overflow=False)
             keep = lanes[j] | reached if BELOW_HALF else lanes[j] & reached
             bits = (bits >> 1) | (keep & signs)
     tl.store(bits_ptr + offs, bits.to(tl.int32, bitcast=True), rows < M)

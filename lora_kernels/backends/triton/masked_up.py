@@ -32,8 +32,9 @@ def add_masked_up(acc, stored, row0, column0, up_ptr, s_ptr, mask_ptr, M, N, R, 
                   SPLIT: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, BY_WARPS: tl.constexpr):  # fmt: skip
     """acc + mask(S U), for a tile whose first element is (row0, column0).
 
-    BY_WARPS: each warp multiplies its 16 rows on its own. That takes other instructions (mma.sync), beside which the
-    main loop's products overlap (between_masked), and in the tiles of TMA, which have 16 rows a warp, moves nothing.
+    BY_WARPS: 16 rows are multiplied on their own. That takes other instructions (mma.sync), beside which the main loop's
+    products overlap (between_masked), and moves nothing: wgmma has the rows of its results in the warps in which mma.sync
+    has those of a batch.
     """
     bits = load_bits(mask_ptr, row0, column0, M, N, BLOCK_M, BLOCK_N)
     for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):

@@ -77,8 +77,8 @@ def split_dot(left, right, in_columns, acc):
 def split_products(left, right, acc):
     """What split_dot computes, but for the product of both low halves: three products, one after the other.
 
-    For where nothing could overlap anyway: with split_dot there, and sizes that are all odd, dx was wrong or its
-    addresses illegal on an H100 (docs/kernels.md, under "Traps").
+    For products by mma.sync, which keep none of wgmma's waiting: with split_dot there, and sizes that are all odd, dx was
+    wrong or its addresses illegal on an H100 (docs/kernels.md, under "Traps").
     """
     left_high = left.to(tl.bfloat16)
     left_low = (left - left_high.to(tl.float32)).to(tl.bfloat16)
