@@ -7,7 +7,7 @@ At few rows, where products with NF4 weights decode on the fly, a group's member
 bytes is worth more than reading x once. dA and dB need no weight and are one launch at any number of rows.
 
 With dropout and many rows dx goes member by member as well, on Hopper: there the group's loop with masks is slower than
-the members' own and two additions, by count (docs/kernels.md, "Groups").
+the members' own and two additions, by count (docs/kernels.md, under "Dropout").
 """
 
 from __future__ import annotations
@@ -79,10 +79,13 @@ def backward_input(
 
 
 def describe(problems: Sequence[Problem]) -> str | None:
-    """What explain_group() says of NF4 weights."""
-    if not any(problem.nf4 for problem in problems):
-        return None
-    return "where its NF4 weights are decoded inside of products, member by member but for dA and dB"
+    """What explain_group() says of NF4 weights, and of dropout."""
+    notes = []
+    if any(problem.nf4 for problem in problems):
+        notes.append("where its NF4 weights are decoded inside of products, member by member but for dA and dB")
+    if chip_of(problems[0].device).has_tma:
+        notes.append(f"with dropout, beyond {MOST_MASKED_ROWS} rows, dx member by member")
+    return "; ".join(notes) or None
 
 
 def _rehearse_backward(x: Tensor, members: Sequence[Member], precision: Precision) -> None:
