@@ -120,8 +120,11 @@ def tile_builds(capability: int) -> Iterator[Build]:
             if tiles.use_tma:
                 yield replace(plain, alone=False)
             if tiles.use_tma and not forward:
-                yield replace(plain, masked=True, precision="split")
-                yield from (replace(plain, kernel="backward"), replace(plain, kernel="backward", masked=True))
+                yield replace(plain, kernel="backward")
+                if tiles.block_n == 256:
+                    yield replace(plain, kernel="backward", masked=True)
+                if widest:
+                    yield replace(plain, masked=True, precision="split")
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), rank=64)
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), masked=True, precision="split", rank=64)
     for masked, rank in ((False, 16), (True, 64)):
