@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +18,7 @@ from lora_kernels.dropout import Dropout, drop_threshold, inverse_keep, keep_mas
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-from lora_kernels.backends.triton import group as groups
-from lora_kernels.backends.triton import group_launch, group_operands, single
+from lora_kernels.backends.triton import group_launch, group_operands
 from lora_kernels.backends.triton.tiles import (
     INTERPRETER,
     MAX_PARTS,
@@ -239,32 +237,6 @@ def test_only_the_gradients_that_are_wanted(needs_a: str, needs_b: str, device: 
             else:
                 assert value is not None
                 torch.testing.assert_close(value, everything[f"{name}{i}"], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [20, 21])
-def test_on_hopper_dx_of_many_masked_rows_goes_member_by_member(
-    rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = GroupCase(rows, 80, (40, 64, 96), (8, 8, 8), dropout=0.3)
-    group = case.tensors(device)
-    want, want_ts = group_launch.backward_input(group.dys, group.members, "native", True)
-    alone: list[object] = []
-
-    def backward_input(*arguments: Any) -> Any:
-        alone.append(arguments)
-        return single.backward_input(*arguments)
-
-    monkeypatch.setattr(groups, "MOST_MASKED_ROWS", 20)
-    monkeypatch.setattr(groups, "chip_of", lambda device: HOPPER)
-    monkeypatch.setattr(groups, "single", SimpleNamespace(backward_input=backward_input))
-    dx, ts = groups.backward_input(group.dys, group.members, "native", True)
-    assert len(alone) == (3 if rows > 20 else 0)
-    for value, expected in zip((dx, *ts), (want, *want_ts), strict=True):
-        assert value is not None
-        assert expected is not None
-        # Each member's dx is rounded before they are added.
-        error = (value.double() - expected.double()).norm() / expected.double().norm()
-        assert error < 2 * torch.finfo(value.dtype).eps
 
 
 def test_without_dx_there_are_only_ts(device: torch.device) -> None:

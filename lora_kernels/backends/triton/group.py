@@ -5,9 +5,6 @@ bits, gate and up of Llama-3.1-8B take 235 MB for that long, and 940 MB in the s
 
 At few rows, where products with NF4 weights decode on the fly, a group's members go one by one: a quarter of the
 bytes is worth more than reading x once. dA and dB need no weight and are one launch at any number of rows.
-
-With dropout and many rows dx goes member by member as well, on Hopper: there the group's loop with masks is slower than
-the members' own and two additions, by count (docs/kernels.md, under "Dropout").
 """
 
 from __future__ import annotations
@@ -23,9 +20,6 @@ from lora_kernels.backends.triton.group_operands import adapters_of
 from lora_kernels.backends.triton.nf4_tiles import path_for
 from lora_kernels.backends.triton.tiles import chip_of
 from lora_kernels.nf4 import NF4Weight
-
-# Rows up to which a group's dx with masks is one launch on Hopper.
-MOST_MASKED_ROWS = 2048
 
 
 def forward(
@@ -63,9 +57,7 @@ def backward_input(
         return group_launch.backward_input(dys, members, precision, want_dx)
     if together is None:
         pairs = zip(dys, members, strict=True)
-        together = not _many_masked_rows(dys[0], members) and not any(
-            _on_the_fly(dy, member, forward=False) for dy, member in pairs
-        )
+        together = not any(_on_the_fly(dy, member, forward=False) for dy, member in pairs)
     if together:
         return group_launch.backward_input(dys, _decoded(members, dys[0]), precision, want_dx)
     dx: Tensor | None = None
@@ -79,13 +71,10 @@ def backward_input(
 
 
 def describe(problems: Sequence[Problem]) -> str | None:
-    """What explain_group() says of NF4 weights, and of dropout."""
-    notes = []
-    if any(problem.nf4 for problem in problems):
-        notes.append("where its NF4 weights are decoded inside of products, member by member but for dA and dB")
-    if chip_of(problems[0].device).has_tma:
-        notes.append(f"with dropout, beyond {MOST_MASKED_ROWS} rows, dx member by member")
-    return "; ".join(notes) or None
+    """What explain_group() says of NF4 weights."""
+    if not any(problem.nf4 for problem in problems):
+        return None
+    return "where its NF4 weights are decoded inside of products, member by member but for dA and dB"
 
 
 def _rehearse_backward(x: Tensor, members: Sequence[Member], precision: Precision) -> None:
@@ -96,10 +85,6 @@ def _rehearse_backward(x: Tensor, members: Sequence[Member], precision: Precisio
     narrow: list[Tensor | None] = [*ts]
     dropouts = [member.dropout for member in members]
     group_launch.backward_adapters(x, dys, narrow, narrow, dropouts, lora_As[0].dtype)
-
-
-def _many_masked_rows(dy: Tensor, members: Sequence[Member]) -> bool:
-    return members[0].dropout is not None and dy.shape[0] > MOST_MASKED_ROWS and chip_of(dy.device).has_tma
 
 
 def _on_the_fly(left: Tensor, member: Member, forward: bool) -> bool:

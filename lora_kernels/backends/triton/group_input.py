@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.backends.triton.group_pieces import member_number, member_of, member_ref
-from lora_kernels.backends.triton.masked_up import add_masked_up, between_masked
+from lora_kernels.backends.triton.masked_up import add_masked_up
 from lora_kernels.backends.triton.pieces import halves, load_s, load_tile, store_tile
 from lora_kernels.backends.triton.sharing import (
     add_down,
@@ -144,14 +144,12 @@ def _finish_dx_tile(
             stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
         all_stored = tl.atomic_add(total_ptr, 0, sem="acquire") == tl.cdiv(M, BLOCK_M) * CHUNKS
     if MASKED:
-        if USE_TMA:
-            acc = between_masked(acc, BLOCK_M, BLOCK_N, DTYPE)
         for member in tl.range(0, MEMBERS, num_stages=1):
             R = member_number(member, R0, R1, R2, MEMBERS)
             acc = add_masked_up(acc, stored, row0, left0, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS),
                                 member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS),
                                 member_number(member, mask0_ptr, mask1_ptr, mask2_ptr, MEMBERS), M, K, R, K, 1, R, BLOCK_M,
-                                BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE, USE_TMA)  # fmt: skip
+                                BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE, False)  # fmt: skip
     else:
         acc = _add_all_up(acc, stored, row0, left0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, M, K, R0, R1, R2,
                           MEMBERS, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_U, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip

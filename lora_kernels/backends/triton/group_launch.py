@@ -161,7 +161,8 @@ def backward_input(
             "W_IS_NK": not weights.by_rows,
             "MASKED": masked,
             "BLOCK_U": up_block(plan.rank_block * plan.rank_chunks * len(members), precision),
-            "FLATTEN": chosen.use_tma,
+            # With masks, what the flat loop holds beside the epilogue's loop over members does not fit into the registers.
+            "FLATTEN": chosen.use_tma and not masked,
         }
         m, n, k = chosen.block_m, chosen.block_n, chosen.block_k
         pair = ((m, k), (k, n) if weights.by_rows else (n, k))
