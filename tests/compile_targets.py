@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from target_builds import GFX942, ITEMSIZE, SHARED_MEMORY, Build, GradTiles, NF4Tiles, PlainBlock, builds
+from target_builds import GFX942, ITEMSIZE, SHARED_MEMORY, Build, FewRowsTiles, GradTiles, NF4Tiles, PlainBlock, builds
 from target_sources import source
 from triton.backends.compiler import GPUTarget
 
@@ -64,10 +64,11 @@ def _usage(build: Build, compiled: Any, log: str) -> tuple[int, int, str]:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found is not None, usage
         serialized = ""
-        # Those of NF4 weights may be serialized: decoding takes longer, and other programs fill the gaps.
+        # Those of few rows may be serialized: decoding NF4 or waiting for W takes longer, and others fill the gaps.
         # Pointer loads keep the products waiting anyway, as do float32 rows that are turned in registers.
         turned_in_registers = isinstance(build.tiles, GradTiles) and build.dtype == "fp32"
-        may_wait = build.kernel == "nf4_product" or not getattr(build.tiles, "use_tma", True) or turned_in_registers
+        by_parts = build.kernel in ("nf4_product", "few_rows")
+        may_wait = by_parts or not getattr(build.tiles, "use_tma", True) or turned_in_registers
         if build.capability == 90 and not may_wait:
             # Products that ptxas cannot overlap cost a third of the speed; it says so, and nothing else does.
             if not log:
@@ -100,6 +101,8 @@ def _stages(build: Build) -> int:
         # Before Hopper, one stage is in registers; of the codes it is everywhere.
         codes = (tiles.num_stages - 1) * tiles.block_c * tiles.block_l // 2
         return codes + (tiles.num_stages - 1) * tiles.block_m * tiles.block_l * itemsize
+    if isinstance(tiles, FewRowsTiles):
+        return (tiles.num_stages - 1) * (tiles.block_m + tiles.block_n) * tiles.block_k * itemsize
     # Before Hopper the products read registers, and one stage is in them.
     stages = tiles.num_stages - (0 if tiles.use_tma else 1)
     return stages * (tiles.block_m + tiles.block_n) * tiles.block_k * itemsize

@@ -12,9 +12,11 @@ from lora_kernels.backends.triton.nf4_launch import DEQUANTIZE_BLOCK
 from lora_kernels.backends.triton.nf4_tiles import NF4Tiles, fly_table
 from lora_kernels.backends.triton.tiles import (
     Chip,
+    FewRowsTiles,
     GradTiles,
     OnePassTiles,
     candidates,
+    few_rows_table,
     group_grad_tiles,
     shipped_grad_tiles,
 )
@@ -50,7 +52,7 @@ class Build:
 
     capability: int
     kernel: str
-    tiles: OnePassTiles | GradTiles | NF4Tiles | PlainBlock
+    tiles: OnePassTiles | FewRowsTiles | GradTiles | NF4Tiles | PlainBlock
     forward: bool = True
     masked: bool = False
     precision: Precision = "native"
@@ -125,6 +127,11 @@ def tile_builds(capability: int) -> Iterator[Build]:
                     yield replace(plain, kernel="backward", masked=True)
                 if widest:
                     yield replace(plain, masked=True, precision="split")
+    for few in few_rows_table(chip):
+        for forward in (True, False):
+            plain = Build(capability, "few_rows", few, forward)
+            yield plain
+            yield replace(plain, masked=True, rank=64, precision="native" if forward else "split")
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), rank=64)
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), masked=True, precision="split", rank=64)
     for masked, rank in ((False, 16), (True, 64)):

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
-from target_builds import GFX942, ITEMSIZE, Build, GradTiles, NF4Tiles, OnePassTiles, PlainBlock, chip_of
+from target_builds import GFX942, ITEMSIZE, Build, FewRowsTiles, GradTiles, NF4Tiles, OnePassTiles, PlainBlock, chip_of
 from triton.compiler import ASTSource
 
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.backward import backward_kernel
+from lora_kernels.backends.triton.few_rows import few_rows_kernel
 from lora_kernels.backends.triton.gated import gated_backward_kernel, gated_forward_kernel
 from lora_kernels.backends.triton.group_forward import group_forward_kernel
 from lora_kernels.backends.triton.group_grads import group_grads_kernel
@@ -27,6 +28,7 @@ DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 KERNELS = {
     "mask": mask_kernel,
     "one_pass": one_pass_kernel,
+    "few_rows": few_rows_kernel,
     "adapter_grads": adapter_grads_kernel,
     "backward": backward_kernel,
     "group_forward": group_forward_kernel,
@@ -44,6 +46,7 @@ def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
     arguments = {
         "mask": _mask,
         "one_pass": _one_pass,
+        "few_rows": _few_rows,
         "adapter_grads": _adapter_grads,
         "backward": _backward,
         "group_forward": _group,
@@ -128,6 +131,33 @@ def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     return constants, types
 
 
+def _few_rows(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, FewRowsTiles)
+    block_r = rank_block(build.rank, build.precision)
+    constants: dict[str, Any] = {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "BLOCK_R": block_r,
+        "RANK_CHUNKS": -(-build.rank // block_r),
+        "W_IS_NK": build.forward,
+        "EVEN_K": not build.masked,
+        "MASK_X": build.masked and build.forward,
+        "MASK_OUT": build.masked and not build.forward,
+        "SPLIT": build.precision == "split",
+        "scale_ptr": None,
+        "stride_dk" if build.forward else "stride_dr": 1,
+        "stride_ur" if build.forward else "stride_un": 1,
+    }
+    if not build.masked:
+        constants |= {"mask_ptr": None, "bias_ptr": None}
+    types = {name: f"*{build.dtype}" for name in ("x_ptr", "w_ptr", "out_ptr")}
+    types |= {name: _adapter(build) for name in ("down_ptr", "up_ptr", "bias_ptr")} | {"s_ptr": _branch(build)}
+    types |= {"workspace_ptr": "*fp32", "sync_ptr": "*i32", "mask_ptr": "*i32", "scale": "fp32"}
+    return constants, types
+
+
 def _adapter_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     tiles = build.tiles
     assert isinstance(tiles, GradTiles)
@@ -202,7 +232,7 @@ def _group(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         each["bias{}_ptr"] = _adapter(build) if build.masked else None
     else:
         columns = block_r * chunks * build.members
-        constants |= {"MASKED": build.masked, "FLATTEN": tiles.use_tma}
+        constants |= {"MASKED": build.masked, "FLATTEN": tiles.use_tma and not build.masked}
         constants["BLOCK_U"] = up_block(columns, build.precision)
         single["out_ref"] = (m, n // 2)
         each |= {"dy{}_ref": (m, k), "t{}_ptr": _branch(build)}

@@ -25,9 +25,8 @@ from lora_kernels.backends.triton.nf4_tiles import (
     path_for,
     product_parts,
     product_tiles,
-    share_parts,
 )
-from lora_kernels.backends.triton.tiles import Chip, chip_of
+from lora_kernels.backends.triton.tiles import Chip, chip_of, share_parts
 
 # Triton's interpreter cuts float32 off where it converts to bfloat16, and multiplies bfloat16 as integers.
 DTYPES = (torch.float16, torch.float32, *((torch.bfloat16,) if HAS_GPU else ()))
@@ -278,12 +277,14 @@ def test_tiles_hold_all_rows_where_they_can() -> None:
     for forward in (True, False):
         largest = fly_table(HOPPER, forward).tiles[-1].block_m
         for M in (1, 16, 17, 64, 65, 128, 1000):
-            tiles = product_tiles(HOPPER, M, forward)
-            assert tiles.block_m >= min(M, largest)
+            for C in (64, 4096, 14336):
+                assert product_tiles(HOPPER, M, C, forward).block_m >= min(M, largest)
+    assert product_tiles(HOPPER, 64, 14336, True).block_c == 128
+    assert product_tiles(HOPPER, 64, 4096, True).block_c == 64
 
 
 def test_parts_fill_the_chip() -> None:
-    tiles = product_tiles(HOPPER, 1, True)
+    tiles = product_tiles(HOPPER, 1, 4096, True)
     for tile_count, steps in ((64, 112), (224, 32), (1, 1), (1, 1000), (4096, 8)):
         parts = product_parts(HOPPER, tiles, tile_count, steps)
         assert 1 <= parts <= min(16, steps)
@@ -295,7 +296,7 @@ def test_parts_are_those_that_were_the_best_of_a_sweep() -> None:
     """docs/kernels.md has the sweep: 4096 -> 14336, 14336 -> 4096 and the first one's dx at 1 to 16 rows, and at 64."""
     for M, forward, tile_count, steps, best in ((1, True, 112, 64, 4), (16, True, 32, 224, 8), (1, False, 64, 112, 6),
                                                 (64, True, 64, 112, 6)):  # fmt: skip
-        assert product_parts(HOPPER, product_tiles(HOPPER, M, forward), tile_count, steps) == best
+        assert product_parts(HOPPER, product_tiles(HOPPER, M, 4096, forward), tile_count, steps) == best
 
 
 def test_a_path_that_a_weight_cannot_go_is_refused(device: torch.device) -> None:
@@ -333,7 +334,7 @@ def test_a_new_number_of_rows_compiles_nothing(device: torch.device) -> None:
     from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
 
     left, weight, down, up, bias = operands(ProductCase(16, 512, 256, 16), device)
-    tiles = product_tiles(chip_of(device), 16, True)
+    tiles = product_tiles(chip_of(device), 16, 256, True)
 
     def compiled(rows: int) -> int:
         nf4_launch.product(left[:rows], weight, down, up, bias, 1.0, None, True, "native", tiles=tiles)

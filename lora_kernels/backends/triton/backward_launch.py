@@ -10,7 +10,16 @@ from lora_kernels.backends import Precision, Scale
 from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.backward import backward_kernel
-from lora_kernels.backends.triton.launch import SPIN_LIMIT, Settled, divisor, dot_precision, one_pass, settle, stays
+from lora_kernels.backends.triton.launch import (
+    SPIN_LIMIT,
+    Settled,
+    divisor,
+    dot_precision,
+    one_pass,
+    settle,
+    stays,
+    tiles_for_few_rows,
+)
 from lora_kernels.backends.triton.launches import Launch, alignment, remember
 from lora_kernels.backends.triton.mask_launch import bits_of
 from lora_kernels.backends.triton.tiles import (
@@ -189,6 +198,8 @@ def _backward_launch(
 ) -> Launch | None:
     """The one launch that backward makes for arguments like these, planned where there was none before."""
     if dy.shape[0] == 0 or not is_for_one_launch(dy.device, lora_A.shape[0]):
+        return None
+    if forced[0] is None and tiles_for_few_rows(dy, weight) is not None:
         return None
     key = (
         dy.device, dy.dtype, precision, dtype, dy.shape, dy.stride(0), weight.shape, weight.stride(), lora_B.stride(),

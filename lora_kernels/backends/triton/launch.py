@@ -13,12 +13,15 @@ from torch import Tensor
 
 from lora_kernels.backends import Precision, Scale, tf32_allowed
 from lora_kernels.backends.sync import zeros_for
+from lora_kernels.backends.triton.few_rows_launch import plan_few_rows
 from lora_kernels.backends.triton.launches import Launch, alignment, remember
 from lora_kernels.backends.triton.mask_launch import bits_of
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.tiles import (
+    FewRowsTiles,
     OnePassTiles,
     chip_of,
+    few_rows_tiles,
     rank_block,
     share_out,
     share_stages,
@@ -40,6 +43,7 @@ class OnePassPlan:
 
     tiles: OnePassTiles
     row_tiles: int
+    column_tiles: int
     programs: int
     rank_block: int
     rank_chunks: int
@@ -47,6 +51,11 @@ class OnePassPlan:
     shares: int
     sharers: int
     x_stays: bool
+
+    @property
+    def flat(self) -> bool:
+        """Whether there is a next tile to load while one is finished."""
+        return self.tiles.use_tma and self.row_tiles * self.column_tiles > self.programs
 
     @property
     def shared(self) -> bool:
@@ -76,7 +85,8 @@ def plan_one_pass(
         k_parts, shares = k_parts_alone, 0
     else:
         programs = min(programs, row_tiles * column_tiles)
-    return OnePassPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares, own, M * K <= NUMBERS_THAT_STAY)
+    x_stays = M * K <= NUMBERS_THAT_STAY
+    return OnePassPlan(tiles, row_tiles, column_tiles, programs, block_r, chunks, k_parts, shares, own, x_stays)
 
 
 _launches: dict[tuple[object, ...], Launch] = {}
@@ -93,7 +103,7 @@ def one_pass(
     mask_left: bool,
     precision: Precision,
     *,
-    tiles: OnePassTiles | None = None,
+    tiles: OnePassTiles | FewRowsTiles | None = None,
     spin_limit: int = SPIN_LIMIT,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -139,7 +149,7 @@ def one_pass_launch(
     dropout: Dropout | None,
     mask_left: bool,
     precision: Precision,
-    forced: tuple[OnePassTiles | None, int, int | None] = (None, SPIN_LIMIT, None),
+    forced: tuple[OnePassTiles | FewRowsTiles | None, int, int | None] = (None, SPIN_LIMIT, None),
 ) -> Launch:
     """The launch that one_pass makes for arguments like these, planned where there was none before."""
     key = (
@@ -165,10 +175,16 @@ def _plan_launch(
     dropout: Dropout | None,
     mask_left: bool,
     precision: Precision,
-    tiles: OnePassTiles | None,
+    tiles: OnePassTiles | FewRowsTiles | None,
     spin_limit: int,
     programs: int | None,
 ) -> Launch:
+    if tiles is None:
+        tiles = tiles_for_few_rows(left, weight)
+    if isinstance(tiles, FewRowsTiles):
+        at_once = programs or chip_of(left.device).multiprocessors
+        masked = dropout is not None
+        return plan_few_rows(left, weight, down, up, bias, scale, masked, mask_left, precision, tiles, at_once)
     (M, K), N, R = left.shape, weight.shape[1], down.shape[1]
     mask_x, mask_out = dropout is not None and mask_left, dropout is not None and not mask_left
     # Masked operands, and products of halves, take the few programs too long.
@@ -206,6 +222,13 @@ def _plan_launch(
     return Launch(one_pass_kernel, kind, grid, options, chosen.blocks, plan.workspace_size, plan.counters, numbers)
 
 
+def tiles_for_few_rows(left: Tensor, weight: Tensor) -> FewRowsTiles | None:
+    """The configuration for few rows, if there is one for the product left weight; else the one-pass kernel takes it."""
+    if not _fits_tma_all(left, weight):
+        return None
+    return few_rows_tiles(chip_of(left.device), left.shape[0])
+
+
 @dataclass(frozen=True)
 class Settled:
     """What shapes, strides and dtypes decide about a product with an adapter, whichever kernel it is a part of.
@@ -234,8 +257,7 @@ def settle(
     (M, K), N, R, device, dtype = left.shape, weight.shape[1], down.shape[1], left.device, left.dtype
     w_is_nk = weight.stride(0) == 1
     stored_w = weight.T if w_is_nk else weight
-    out_rows_align = N * dtype.itemsize % 16 == 0
-    use_tma = fits_tma(left) and fits_tma(stored_w) and out_rows_align
+    use_tma = _fits_tma_all(left, weight)
     chip = chip_of(device)
     tiles = tiles or one_pass_tiles(chip, dtype.itemsize, use_tma, M, N)
     plan = plan_one_pass(M, K, N, R, precision, tiles, programs or chip.multiprocessors, alone)
@@ -255,7 +277,7 @@ def settle(
         "PRECISION": dot_precision(dtype),
         "USE_TMA": tiles.use_tma,
         "DTYPE": TYPES[dtype],
-        "FLATTEN": tiles.use_tma,
+        "FLATTEN": plan.flat,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
@@ -264,7 +286,7 @@ def settle(
         w_block = (tiles.block_n, tiles.block_k) if w_is_nk else (tiles.block_k, tiles.block_n)
         blocks = ((tiles.block_m, tiles.block_k), w_block, (tiles.block_m, tiles.block_n // 2))
     kind = (
-        device, dtype, precision, K, N, R, tiles, plan.sharers > 0, w_is_nk, left.stride(0), stored_w.stride(0),
+        device, dtype, precision, K, N, R, tiles, plan.sharers > 0, plan.flat, w_is_nk, left.stride(0), stored_w.stride(0),
         down.stride(), up.stride(), down.dtype, alignment(left, stored_w, down, up),
     )  # fmt: skip
     return Settled(plan, stored_w.stride(0), options, blocks, kind)
@@ -285,6 +307,12 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and not tf32_allowed():
         return "ieee"
     return "tf32"
+
+
+def _fits_tma_all(left: Tensor, weight: Tensor) -> bool:
+    """Whether TMA descriptors can describe both operands of left weight and the product."""
+    stored = weight.T if weight.stride(0) == 1 else weight
+    return fits_tma(left) and fits_tma(stored) and weight.shape[1] * left.element_size() % 16 == 0
 
 
 def fits_tma(t: Tensor) -> bool:

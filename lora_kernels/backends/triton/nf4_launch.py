@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
@@ -21,9 +19,9 @@ from lora_kernels.backends.triton.nf4_tiles import (
     path_for,
     product_parts,
     product_tiles,
-    share_parts,
 )
-from lora_kernels.backends.triton.tiles import INTERPRETER, Chip, chip_of, rank_block
+from lora_kernels.backends.triton.parts_plan import plan_by_parts
+from lora_kernels.backends.triton.tiles import INTERPRETER, chip_of
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import NF4Weight
 
@@ -106,44 +104,7 @@ def flies(left: Tensor, weight: NF4Weight, forward: bool) -> bool:
     return path == "fly"
 
 
-@dataclass(frozen=True)
-class ProductPlan:
-    """Everything about a launch of the product that its shapes and dtypes decide."""
-
-    tiles: NF4Tiles
-    row_tiles: int
-    column_tiles: int
-    parts: int
-    rank_block: int
-    rank_chunks: int
-    s_parts: int
-
-    @property
-    def programs(self) -> int:
-        return self.row_tiles * (self.s_parts * self.rank_chunks + self.column_tiles * self.parts)
-
-    @property
-    def workspace_size(self) -> int:
-        shares = self.s_parts * self.rank_chunks * self.rank_block
-        tiles = self.column_tiles * self.parts * self.tiles.block_c if self.parts > 1 else 0
-        return self.row_tiles * self.tiles.block_m * (shares + tiles)
-
-    @property
-    def counters(self) -> int:
-        return 3 + self.row_tiles * (1 + self.rank_chunks + self.column_tiles)
-
-
 _products: dict[tuple[object, ...], launches.Launch] = {}
-
-
-def plan_product(
-    chip: Chip, tiles: NF4Tiles, parts: int | None, M: int, L: int, C: int, R: int, precision: Precision
-) -> ProductPlan:
-    row_tiles, column_tiles = triton.cdiv(M, tiles.block_m), triton.cdiv(C, tiles.block_c)
-    steps = triton.cdiv(L, tiles.block_l)
-    block_r = rank_block(R, precision)
-    parts = parts or product_parts(chip, tiles, row_tiles * column_tiles, steps)
-    return ProductPlan(tiles, row_tiles, column_tiles, parts, block_r, triton.cdiv(R, block_r), share_parts(steps))
 
 
 def product(
@@ -203,8 +164,13 @@ def _plan_launch(
     parts: int | None,
 ) -> launches.Launch:
     (M, L), R, (N, K), chip = left.shape, down.shape[1], weight.shape, chip_of(left.device)
-    tiles = tiles or product_tiles(chip, M, forward)
-    plan = plan_product(chip, tiles, parts, M, L, N if forward else K, R, precision)
+    C = N if forward else K
+    tiles = tiles or product_tiles(chip, M, C, forward)
+    steps = triton.cdiv(L, tiles.block_l)
+    if parts is None:
+        tile_count = triton.cdiv(M, tiles.block_m) * triton.cdiv(C, tiles.block_c)
+        parts = product_parts(chip, tiles, tile_count, steps)
+    plan = plan_by_parts(M, C, tiles.block_m, tiles.block_c, steps, parts, R, precision)
     numbers = (M, N, K, R, plan.s_parts, plan.parts, left.stride(0), *down.stride(), *up.stride())
     columns = tiles.block_l if forward else tiles.block_c
     options = {

@@ -9,24 +9,10 @@ W has a row of scales each.
 
 How it is fast for few rows
 ---------------------------
-The tile of out is computed transposed, [BLOCK_C, BLOCK_M]: W is the left operand, which the tensor cores take from
-registers, and M need only be padded to 16. Each thread decodes exactly the weights that it feeds to the tensor cores.
-For that it reads whole words of eight codes, which it shares with its neighbours, and shifts each by what its place
-in the operand asks for, so that nothing is moved between decoding and multiplying.
-
-The reduction is split over `parts` programs where there are few tiles. Parts are written to a workspace, and whoever
-arrives last adds them in their fixed order.
-
-How S gets to the tiles
------------------------
-S is computed by programs of its own: each does one part of the reduction for a row block and a chunk of the rank, the
-last one adds the parts in their fixed order, stores S and raises the row block's flag, which every tile waits for when
-its product is done. What a program does is decided by a ticket that it draws when it starts, and the tickets of S
-come first: whoever is waited for is running, and waits for nobody. So the kernel cannot deadlock, however few
-multiprocessors other kernels leave it.
-
-The last tile to finish puts every count and flag back to zero, for the next launch on the stream or the next replay
-of the graph.
+The tile of out is computed transposed (by_parts.py), with W as the left operand, which the tensor cores take from
+registers. Each thread decodes exactly the weights that it feeds to the tensor cores. For that it reads whole words of
+eight codes, which it shares with its neighbours, and shifts each by what its place in the operand asks for, so that
+nothing is moved between decoding and multiplying.
 """
 
 from __future__ import annotations
@@ -34,10 +20,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.mask import keep_tile
+from lora_kernels.backends.triton.by_parts import hand_over, part_of_s, tile_of
 from lora_kernels.backends.triton.nf4 import code_shifts, decode_codes, lane_table, load_scales
-from lora_kernels.backends.triton.pieces import anchored, load_tile, split_products
-from lora_kernels.backends.triton.sharing import add_down, part_bounds, publish
+from lora_kernels.backends.triton.pieces import anchored
+from lora_kernels.backends.triton.sharing import part_bounds
 
 
 @triton.jit
@@ -49,27 +35,14 @@ def _load(pointers, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _part_of_s(part, s_parts, row0, r0, x_ptr, stride_xm, down_ptr, stride_dl, stride_dr, mask_ptr, M, L, R,
-               BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, MASK_X: tl.constexpr,
-               SPLIT: tl.constexpr):  # fmt: skip
-    """mask(X) D over one part of the reduction: a float32 tile [BLOCK_M, BLOCK_R]."""
-    first, last = part_bounds(part, s_parts, tl.cdiv(L, BLOCK_L))
-    s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for li in tl.range(first, last):
-        x = load_tile(x_ptr, stride_xm, row0, li * BLOCK_L, M, L, BLOCK_M, BLOCK_L, False)
-        s = add_down(x, down_ptr, stride_dl, stride_dr, li * BLOCK_L, r0, L, R, s, row0, M, mask_ptr,
-                     BLOCK_M, BLOCK_L, BLOCK_R, MASK_X, SPLIT, "tf32")  # fmt: skip
-    return s
-
-
-@triton.jit
 def _part_of_product(pid_m, pid_c, part, parts, x_ptr, stride_xm, words_ptr, absmax_ptr, nested_absmax_ptr, nested_map_ptr,
                      offset_ptr, float_ptr, M, N, K, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
                      BLOCK_SIZE: tl.constexpr, FORWARD: tl.constexpr, EVEN_L: tl.constexpr, EVEN_K: tl.constexpr,
                      SHUFFLE: tl.constexpr):  # fmt: skip
     """(X op(W))^T over one part of the reduction: a float32 tile [BLOCK_C, BLOCK_M].
 
-    Rows that lie outside of W or X repeat the last one: they are not stored, or meet zeros of X.
+    Rows that lie outside of W repeat the last one: they are not stored, or meet zeros of X. Those outside of X repeat all
+    of its rows: if they repeated one, every program would wait for its place in L2.
     """
     ROWS: tl.constexpr = BLOCK_C if FORWARD else BLOCK_L
     COLUMNS: tl.constexpr = BLOCK_L if FORWARD else BLOCK_C
@@ -85,7 +58,7 @@ def _part_of_product(pid_m, pid_c, part, parts, x_ptr, stride_xm, words_ptr, abs
     row_blocks = K // BLOCK_SIZE
     # Written so that a multiple of 16 bytes can be seen in it.
     row_words = K // 32 * 4
-    x_rows = tl.minimum(pid_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)[:, None]
+    x_rows = ((pid_m * BLOCK_M + tl.arange(0, BLOCK_M)) % M).to(tl.int64)[:, None]
     x_ptrs = x_ptr + x_rows * stride_xm + tl.arange(0, BLOCK_L)[None, :]
     first, last = part_bounds(part, parts, tl.cdiv(L, BLOCK_L))
     acc = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
@@ -106,60 +79,6 @@ def _part_of_product(pid_m, pid_c, part, parts, x_ptr, stride_xm, words_ptr, abs
     return acc
 
 
-@triton.jit
-def _last_to_arrive(acc, part, parts, tile_ptr, arrived_ptr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Hands a part of a tile over. Returns whether it was the last one, and then the whole tile."""
-    TILE: tl.constexpr = BLOCK_M * BLOCK_C
-    # So many parts are in flight at once; more would not fit into the registers.
-    BATCH: tl.constexpr = max(1, 64 // BLOCK_M)
-    tile_ptr += tl.arange(0, BLOCK_C)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    tl.store(tile_ptr + part * TILE, acc)
-    # Every thread's part of the tile must be written before one thread counts it.
-    tl.debug_barrier()
-    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == parts - 1
-    if last:
-        acc = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
-        for start in tl.range(0, parts, BATCH, num_stages=1):
-            for i in tl.static_range(BATCH):
-                p = tl.minimum(start + i, parts - 1)
-                # Other multiprocessors wrote them: L1 may not be asked.
-                tile = tl.load(tile_ptr + p * TILE, cache_modifier=".cg")
-                acc += tl.where(start + i < parts, tile, 0.0)
-    return last, acc
-
-
-@triton.jit
-def finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, mask_ptr,
-                M, C, R, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr,
-                MASK_OUT: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """Adds mask(S U) and the bias to a transposed tile of X op(W) and writes it."""
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_m, in_c = (offs_m < M)[None, :], (offs_c < C)[:, None]
-    rows, columns = offs_m.to(tl.int64)[None, :], offs_c.to(tl.int64)[:, None]
-    complete = tl.cdiv(M, BLOCK_M) * RANK_CHUNKS
-    while tl.atomic_add(total_ptr, 0, sem="acquire") < complete:
-        pass
-    if MASK_OUT:
-        product = acc
-        acc = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
-    for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
-        offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-        up = tl.load(up_ptr + columns * stride_uc + offs_r[None, :] * stride_ur, in_c & (offs_r < R)[None, :], other=0.0)
-        # Another multiprocessor may have written it: L1 may not be asked.
-        s = tl.load(s_ptr + rows * R + offs_r[:, None], in_m & (offs_r < R)[:, None], other=0.0, cache_modifier=".cg")
-        if SPLIT:
-            acc = split_products(up, s, acc)
-        else:
-            acc = tl.dot(up.to(out_ptr.dtype.element_ty), s.to(out_ptr.dtype.element_ty), acc)
-    if MASK_OUT:
-        keep = keep_tile(mask_ptr, pid_m * BLOCK_M, pid_c * BLOCK_C, M, C, BLOCK_M, BLOCK_C)
-        acc = product + tl.where(tl.trans(keep), acc, 0.0)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + columns, in_c, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows * C + columns, acc.to(out_ptr.dtype.element_ty), in_m & in_c)
-
-
 @triton.jit(do_not_specialize=["M", "s_parts", "parts"])
 def nf4_product_kernel(
     x_ptr, words_ptr, absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, out_ptr, down_ptr, up_ptr, bias_ptr, s_ptr,
@@ -169,51 +88,22 @@ def nf4_product_kernel(
     BLOCK_SIZE: tl.constexpr, FORWARD: tl.constexpr, EVEN_L: tl.constexpr, EVEN_K: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
-    """The module's docstring says what it computes and why it ends.
+    """The module's docstring says what it computes, by_parts.py what the programs do and why it ends.
 
-    x_ptr [M, L], words_ptr int32 [N K / 8], out_ptr [M, C], s_ptr [M, R]. The grid is flat: a program for each part of
-    S of each row block and chunk, and one for each part of each tile. sync_ptr holds, all zero: the next ticket, the
-    count of finished tiles, that of complete chunks of S, the same for each row block, a count of parts for each row
-    block and chunk, and one for each tile. workspace_ptr holds the parts of S, and behind them those of the tiles.
+    x_ptr [M, L], words_ptr int32 [N K / 8], out_ptr [M, C], s_ptr [M, R].
     """
     C = N if FORWARD else K
     L = K if FORWARD else N
-    row_tiles, column_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_C)
-    shares = s_parts * RANK_CHUNKS
-    finished_ptr, total_ptr, ready_ptr = sync_ptr + 1, sync_ptr + 2, sync_ptr + 3
-    s_arrived_ptr = ready_ptr + row_tiles
-    arrived_ptr = s_arrived_ptr + row_tiles * RANK_CHUNKS
-
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    of_s = row_tiles * s_parts * RANK_CHUNKS
     ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
-    if ticket < row_tiles * shares:
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr).to(tl.float32) * scale
-        pid_m, share = ticket % row_tiles, ticket // row_tiles
-        part, chunk = share // RANK_CHUNKS, share % RANK_CHUNKS
-        s = _part_of_s(part, s_parts, pid_m * BLOCK_M, chunk * BLOCK_R, x_ptr, stride_xm, down_ptr, stride_dl, stride_dr,
-                       mask_ptr, M, L, R, BLOCK_M, BLOCK_L, BLOCK_R, MASKED and FORWARD, SPLIT)  # fmt: skip
-        publish(s, workspace_ptr, s_arrived_ptr, ready_ptr, total_ptr, s_ptr, R, scale, pid_m, chunk, part, RANK_CHUNKS,
-                s_parts, row_tiles, M, R, BLOCK_M, BLOCK_R)  # fmt: skip
+    if ticket < of_s:
+        part_of_s(ticket, x_ptr, stride_xm, down_ptr, stride_dl, stride_dr, s_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr,
+                  scale, M, L, R, s_parts, BLOCK_M, BLOCK_L, BLOCK_R, RANK_CHUNKS, MASKED and FORWARD, SPLIT)  # fmt: skip
     else:
-        # The row blocks of one tile of W run side by side, so that L2 has it for all but the first.
-        item = ticket - row_tiles * shares
-        pid_m, item = item % row_tiles, item // row_tiles
-        part, pid_c = item % parts, item // parts
+        pid_m, pid_c, part = tile_of(ticket - of_s, row_tiles, parts)
         acc = _part_of_product(pid_m, pid_c, part, parts, x_ptr, stride_xm, words_ptr, absmax_ptr, nested_absmax_ptr,
                                nested_map_ptr, offset_ptr, workspace_ptr, M, N, K, BLOCK_M, BLOCK_C, BLOCK_L, BLOCK_SIZE,
                                FORWARD, EVEN_L, EVEN_K, SHUFFLE)  # fmt: skip
-        last = True
-        if parts > 1:
-            tile = pid_c * row_tiles + pid_m
-            tile_ptr = workspace_ptr + (row_tiles * shares).to(tl.int64) * (BLOCK_M * BLOCK_R)
-            tile_ptr += tile.to(tl.int64) * parts * (BLOCK_M * BLOCK_C)
-            last, acc = _last_to_arrive(acc, part, parts, tile_ptr, arrived_ptr + tile, BLOCK_M, BLOCK_C)
-        if last:
-            finish_tile(acc, pid_m, pid_c, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, total_ptr, mask_ptr,
-                        M, C, R, BLOCK_M, BLOCK_C, BLOCK_R, RANK_CHUNKS, MASKED and not FORWARD, SPLIT)  # fmt: skip
-            tl.debug_barrier()
-            if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == row_tiles * column_tiles - 1:
-                used = 3 + row_tiles * (1 + RANK_CHUNKS + column_tiles)
-                for start in tl.range(0, used, 1024):
-                    offs = start + tl.arange(0, 1024)
-                    tl.store(sync_ptr + offs, 0, mask=offs < used)
+        hand_over(acc, pid_m, pid_c, part, parts, out_ptr, up_ptr, stride_ur, stride_uc, bias_ptr, s_ptr, workspace_ptr, sync_ptr,
+                  mask_ptr, M, C, R, s_parts, BLOCK_M, BLOCK_C, BLOCK_R, RANK_CHUNKS, MASKED and not FORWARD, SPLIT)  # fmt: skip

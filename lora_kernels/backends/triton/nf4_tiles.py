@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import NF4Path
-from lora_kernels.backends.triton.tiles import INTERPRETER, MAX_PARTS, Chip
+from lora_kernels.backends.triton.tiles import INTERPRETER, Chip
 from lora_kernels.nf4 import NF4Weight
 
 # "fly": decoded inside of the product. "scratch": decoded by a launch of its own, right before a dense product.
@@ -48,6 +48,7 @@ _HOPPER = {
         (
             NF4Tiles(16, 128, 64, 4, 4, 5, 96),
             NF4Tiles(32, 64, 128, 4, 3, 5, 96),
+            NF4Tiles(64, 128, 128, 8, 3, 2),
             NF4Tiles(64, 64, 128, 4, 3, 3),
             NF4Tiles(128, 128, 128, 8, 3, 1),
         ),
@@ -113,10 +114,15 @@ def cannot_fly(chip: Chip, left: Tensor, weight: NF4Weight) -> str | None:
     return None
 
 
-def product_tiles(chip: Chip, M: int, forward: bool) -> NF4Tiles:
-    """The configuration with the least block_m that takes all rows, else the one with the most."""
+def product_tiles(chip: Chip, M: int, C: int, forward: bool) -> NF4Tiles:
+    """The configuration for an output [M, C] with the least block_m that takes all rows, else the one with the most.
+
+    Of two such the table has the wider one first, which is taken where its tiles alone give most of the chip work.
+    """
     table = fly_table(chip, forward).tiles
-    return next((t for t in table if t.block_m >= M), table[-1])
+    least = next((t.block_m for t in table if t.block_m >= M), table[-1].block_m)
+    fitting = [t for t in table if t.block_m == least]
+    return next((t for t in fitting if C // t.block_c > chip.multiprocessors // 2), fitting[-1])
 
 
 def product_parts(chip: Chip, tiles: NF4Tiles, tile_count: int, steps: int) -> int:
@@ -133,11 +139,6 @@ def product_parts(chip: Chip, tiles: NF4Tiles, tile_count: int, steps: int) -> i
         return programs * (-(-steps // parts) + 2) / at_once + 3 * parts
 
     return min(range(1, min(16, steps) + 1), key=cost)
-
-
-def share_parts(steps: int) -> int:
-    """Into how many parts S is split: four steps of the reduction for each or more."""
-    return max(1, min(MAX_PARTS, steps // 4))
 
 
 def describe(chip: Chip, dtype: torch.dtype, columns: int) -> str:

@@ -31,6 +31,17 @@ class OnePassTiles:
 
 
 @dataclass(frozen=True)
+class FewRowsTiles:
+    """A configuration of the product for few rows."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class GradTiles:
     """A configuration of the adapter-gradient kernel."""
 
@@ -57,8 +68,13 @@ _HOPPER = (
     OnePassTiles(64, 256, 64, 4, 4, True, 0.88),
     OnePassTiles(128, 128, 64, 8, 4, True, 0.86),
     OnePassTiles(64, 128, 64, 4, 4, True, 0.57),
-    # For few tokens, which wait for W: many programs, each with many bytes under way.
     OnePassTiles(64, 64, 64, 4, 8, True, 0.3),
+)
+# Up to the rows of the last one, they are faster than the one-pass kernel.
+_HOPPER_FEW_ROWS = (
+    FewRowsTiles(16, 64, 128, 4, 6),
+    FewRowsTiles(32, 64, 128, 4, 5),
+    FewRowsTiles(64, 64, 64, 4, 5),
 )
 _POINTERS = (
     OnePassTiles(128, 128, 32, 8, 4, False, 0.8),
@@ -106,6 +122,26 @@ def group_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, Ns: Sequence[i
         return -(-count // chip.multiprocessors) * tiles.block_m * tiles.block_n / tiles.rate
 
     return min(candidates(chip, itemsize, use_tma), key=cost)
+
+
+def few_rows_table(chip: Chip) -> tuple[FewRowsTiles, ...]:
+    """The configurations for few rows, the least first; none where the one-pass kernel takes them."""
+    return _HOPPER_FEW_ROWS if chip.has_tma else ()
+
+
+def few_rows_tiles(chip: Chip, M: int) -> FewRowsTiles | None:
+    """The configuration for M rows; None where the one-pass kernel takes them."""
+    return next((tiles for tiles in few_rows_table(chip) if tiles.block_m >= M), None)
+
+
+def few_rows_parts(programs: int, tile_count: int, steps: int) -> int:
+    """Into how many parts the reduction over so many steps is cut: each program then has one, if there are so many."""
+    return max(1, min(programs // tile_count, steps // 2, 16))
+
+
+def share_parts(steps: int) -> int:
+    """Into how many parts S is cut beside a product by parts: four steps of the reduction for each or more."""
+    return max(1, min(MAX_PARTS, steps // 4))
 
 
 def rank_block(rank: int, precision: str) -> int:
