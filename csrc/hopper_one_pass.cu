@@ -51,6 +51,25 @@ bool lies_by_rows(const OnePass& p) { return !stored_weight(p, false).addressabl
 
 // ------------------------------------------------------------------------------------------------- sizes
 
+// Cuts K into at most so many parts, and at least one.
+void divide_k(Launch& launch, int parts) {
+  parts = std::max(1, std::min({parts, kMaxParts, launch.k_steps}));
+  launch.steps_per_part = static_cast<int>(divide_up(launch.k_steps, parts));
+  launch.parts = static_cast<int>(divide_up(launch.k_steps, launch.steps_per_part));
+  launch.shares = launch.parts * launch.rank_chunks;
+}
+
+// Units that have a tile less than others and are done with all of S when those are done with a tile; none if they
+// would not be. A step of a share, which waits for X alone, takes about as long as that of a tile of 128 columns.
+int sharers(const Launch& launch, int block_n, int most_units) {
+  const OnePass& p = launch.problem;
+  // What the mask takes is time that waiting for X does not leave.
+  if (p.mask_x && p.dropout.seed != nullptr) return 0;
+  const int spare = most_units - 1 - (launch.row_units * launch.column_tiles - 1) % most_units;
+  const bool in_time = int64_t{launch.row_units} * launch.rank_chunks * 128 <= int64_t{spare} * block_n;
+  return in_time ? spare : 0;
+}
+
 // Everything in a launch but addresses.
 Launch plan(const OnePass& p, HopperTiles tiles, int multiprocessors) {
   Launch launch{};
@@ -60,13 +79,16 @@ Launch plan(const OnePass& p, HopperTiles tiles, int multiprocessors) {
   launch.column_tiles = static_cast<int>(divide_up(p.N, tiles.block_n));
   launch.k_steps = static_cast<int>(divide_up(p.K, kBlockK));
   launch.rank_chunks = static_cast<int>(divide_up(p.R, kRankChunk));
-  launch.units = std::min(std::max(1, multiprocessors / tiles.cluster), launch.row_units * launch.column_tiles);
-  // As many sharing tiles as there are units in the first wave, so that the extra work is spread over all.
-  const int parts = std::min({launch.units / (launch.row_units * launch.rank_chunks), kMaxParts,
-                              launch.column_tiles / launch.rank_chunks, launch.k_steps});
-  launch.steps_per_part = static_cast<int>(divide_up(launch.k_steps, std::max(1, parts)));
-  launch.parts = static_cast<int>(divide_up(launch.k_steps, launch.steps_per_part));
-  launch.shares = launch.parts * launch.rank_chunks;
+  const int most_units = std::max(1, multiprocessors / tiles.cluster), chunks = launch.row_units * launch.rank_chunks;
+  const int spare = sharers(launch, tiles.block_n, most_units);
+  if (spare > 0) {
+    divide_k(launch, spare / chunks);
+    launch.sharers = std::min(spare, launch.row_units * launch.shares);
+  } else {
+    // As many sharing tiles as there are units in the first wave, so that the extra work is spread over all.
+    divide_k(launch, std::min(most_units / chunks, launch.column_tiles / launch.rank_chunks));
+  }
+  launch.units = std::min(most_units, launch.row_units * launch.column_tiles + launch.sharers);
   launch.x_stays = 2 * p.M * p.K <= kBytesThatStay;
   return launch;
 }

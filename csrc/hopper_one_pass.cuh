@@ -5,13 +5,17 @@
 // the next tile. S U is one more step of the same ring, with U in the place of W and S in registers. Two blocks of a
 // cluster take the same columns, and each loads half of their W for both.
 //
-// How S gets from the tiles that have it to the tiles that need it
-// -----------------------------------------------------------------
-// As in the Triton kernel: of the column tiles of one row block the first `shares` each accumulate S over one part of K
-// (and one chunk of the rank) in their main loop, and write that partial sum to a workspace. Whoever brings the last part
-// of a chunk adds the parts in their fixed order, stores S and raises the flag of its 64 rows. Who has finished its main
-// loop looks at the flag before it adds S U. A block's first tiles are the sharing ones, and begin with their part where L2
-// holds X, so nobody waits long.
+// How S gets from those that compute it to the tiles that need it
+// ----------------------------------------------------------------
+// As in the Triton kernel. A share of S is summed over one part of K (and one chunk of the rank), and written to a
+// workspace. Whoever brings the last part of a chunk adds the parts in their fixed order, stores S and raises the flag
+// of its 64 rows. Who has finished its main loop looks at the flag before it adds S U. Shares come first, so nobody
+// waits long. Whose they are depends on how many tiles there are (plan, in hopper_one_pass.cu):
+//
+// * Where the last wave leaves enough units without a tile, these compute all shares before their first one
+//   (hopper_sharers.cuh). They read X ahead of the others, for whom L2 then has it.
+// * Elsewhere the first `shares` column tiles of each row unit have one each, in their main loops, and begin with it
+//   where L2 holds X.
 //
 // Nobody waits for ever either, and no cluster depends on another one ever being given multiprocessors: a warpgroup
 // that has looked kLooks times in vain computes every part that has not arrived, by the same products in the same
@@ -25,6 +29,7 @@
 
 #include "hopper_ring.cuh"
 #include "hopper_share.cuh"
+#include "hopper_sharers.cuh"
 
 namespace lora_kernels::hopper {
 
@@ -36,35 +41,6 @@ __device__ inline void multiply_w(float (&acc)[C::kBlockN / 2], const Ring<C>& r
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     Wgmma<typename C::T, C::kBlockN, C::kByRows>::ss(acc, x + 2 * i, w + C::kWAdvance * i, !first || i > 0);
-  }
-}
-
-// Starts the products of a stage for a share of S. A masked X goes through registers.
-template <class C>
-__device__ inline void multiply_d(float (&share)[16], const Ring<C>& ring, const Launch& p, int row0, int k0,
-                                  bool first, const Group& group) {
-  using Product = Wgmma<typename C::T, kRankChunk, C::kByRows>;
-  const uint64_t d = C::describe_d(ring.d());
-  if constexpr (C::kMaskX) {
-    const uint64_t seed = static_cast<uint64_t>(*p.problem.dropout.seed);
-    const int lane = group.lane();
-    // The lane's row of the four matrices that ldmatrix loads: above and below, left and right.
-    const int row = lane % 8 + lane / 8 % 2 * 8;
-    const uint32_t x = ring.x() + (group.index * kHalfM + group.warp() * 16 + row) * 128;
-    uint32_t fragment[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      load_fragment(fragment[i], x + ((2 * i + lane / 16) ^ (row % 8)) * 16);
-      mask_fragment(fragment[i], p.problem.dropout, seed, row0 + group.row(), k0 + 16 * i, lane);
-    }
-    keep_in_place(fragment);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) Product::rs(share, fragment[i], d + C::kDAdvance * i, !first || i > 0);
-  } else {
-    const uint64_t x = describe(ring.x() + group.index * (kHalfM * 128), 0, 1024, Swizzle::k128);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) Product::ss(share, x + 2 * i, d + C::kDAdvance * i, !first || i > 0);
   }
 }
 
@@ -97,7 +73,8 @@ __device__ inline void share_steps(float (&acc)[C::kBlockN / 2], Ring<C>& ring, 
     multiply_w(acc, ring, group, step == 0);
     // A masked share's fragments are made while the products of X W go on.
     if constexpr (C::kMaskX) wgmma_commit();
-    multiply_d(share, ring, p, half * kHalfM, (tile.first_step + step) * kBlockK, step == tile.share_begin, group);
+    multiply_d<C>(share, ring.x(), ring.d(), p, half * kHalfM, (tile.first_step + step) * kBlockK,
+                  step == tile.share_begin, group);
     wgmma_commit();
     if constexpr (C::kMaskX) {
       // The fragments' registers are written again in the next step.
@@ -216,7 +193,10 @@ __device__ inline void store_tile(float (&acc)[C::kBlockN / 2], const Launch& p,
                                   const Group& group) {
   using T = typename C::T;
   const OnePass& problem = p.problem;
-  const int lane = group.lane(), warp = group.warp();
+  // Out of the compiler's sight, or it computes all addresses before the first tile and has no registers left for them.
+  int lane = group.lane();
+  asm volatile("" : "+r"(lane));
+  const int warp = group.warp();
   if (problem.bias != nullptr) add_bias<C>(acc, problem, column0, lane);
   const int row = lane % 8 + lane / 8 % 2 * 8;
   const uint32_t staging = group.staging + warp * C::kStagingBytes;
@@ -248,7 +228,7 @@ template <class C>
 __device__ inline void multiply(const Launch& p, Ring<C> ring, int unit, int rank, const Group& group) {
   bool all_stored = false;
   const int tiles = p.row_units * p.column_tiles;
-  for (int index = unit; index < tiles; index += p.units) {
+  for (int index = first_tile(p, unit); index < tiles; index += p.units) {
     const Tile tile = tile_at(p, index);
     // Zeroed although the first product does not add: else the compiler sees sums carried from tile to tile, and where
     // other instructions change them, as a masked S U does, it puts all products one after the other.
@@ -321,13 +301,22 @@ __global__ void __launch_bounds__(kThreads, 1) one_pass_kernel(const __grid_cons
   const int role = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   if (role == 0) {
     give_up_registers<40>();
-    if (threadIdx.x == 0) produce(p, ring, unit, rank);
+    if (threadIdx.x == 0) {
+      prefetch_map(p.x);
+      prefetch_map(p.weight);
+      prefetch_map(p.down);
+      prefetch_map(p.up);
+      if constexpr (!C::kMaskX) load_shares(p, ring, unit, rank);
+      load_tiles(p, ring, unit, rank);
+    }
     __syncwarp();
   } else {
     take_registers<232>();
     const int thread = static_cast<int>(threadIdx.x) - kGroupThreads, index = role - 1;
     const Group group{index, thread % kGroupThreads, base + C::kStagingOffset + index * 4 * C::kStagingBytes,
                       reinterpret_cast<int*>(shared + (base - unaligned) + C::kSlotOffset) + index};
+    // A mask on X leaves all shares to the tiles.
+    if constexpr (!C::kMaskX) compute_shares(p, ring, unit, rank, group);
     multiply(p, ring, unit, rank, group);
     finish(p, thread);
     __syncwarp();

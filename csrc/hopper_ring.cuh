@@ -26,6 +26,9 @@ struct Config {
   static constexpr int kWBytes = BLOCK_N * kBlockK * 2;
   static constexpr int kDBytes = kRankChunk * kBlockK * 2;
   static constexpr int kStageBytes = kXBytes + kWBytes + kDBytes;
+  // Where a stage holds a share alone, X and D take W's place as well, for so many steps of K.
+  static constexpr int kShareBytes = kXBytes + kDBytes;
+  static constexpr int kShareSteps = kStageBytes / kShareBytes;
   static constexpr int kStagingBytes = 16 * 64 * 2;  // of a warp: 16 rows by 64 columns of out
   static constexpr int kStagingOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset = kStagingOffset + 8 * kStagingBytes;
@@ -52,6 +55,8 @@ struct Ring {
   __device__ uint32_t x() const { return base + stage * C::kStageBytes; }
   __device__ uint32_t w() const { return x() + C::kXBytes; }
   __device__ uint32_t d() const { return w() + C::kWBytes; }
+  __device__ uint32_t share_x(int step) const { return base + stage * C::kStageBytes + step * C::kShareBytes; }
+  __device__ uint32_t share_d(int step) const { return share_x(step) + C::kXBytes; }
   __device__ uint32_t full() const { return base + C::kBarrierOffset + 16 * stage; }
   __device__ uint32_t empty() const { return full() + 8; }
   __device__ void next() {
@@ -65,6 +70,13 @@ struct Ring {
     if (lane < cluster) barrier_arrive(empty(), lane);
   }
 };
+
+// D for a step of a share.
+template <class C>
+__device__ inline void load_d(const Ring<C>& ring, const CUtensorMap& map, uint32_t to, int k0, int chunk) {
+  const int rank0 = chunk * kRankChunk;
+  tma_load(to, map, ring.full(), C::kByRows ? rank0 : k0, C::kByRows ? k0 : rank0);
+}
 
 // W's or U's columns for a tile, from row k0 on; a block of a cluster of two loads half of them, for both.
 template <class C>
@@ -84,14 +96,11 @@ __device__ inline void load_columns(const Ring<C>& ring, const CUtensorMap& map,
   }
 }
 
+// Loads all that a unit's tiles need, in the order in which `multiply` takes it.
 template <class C>
-__device__ inline void produce(const Launch& p, Ring<C> ring, int unit, int rank) {
-  prefetch_map(p.x);
-  prefetch_map(p.weight);
-  prefetch_map(p.down);
-  prefetch_map(p.up);
+__device__ inline void load_tiles(const Launch& p, Ring<C> ring, int unit, int rank) {
   const int tiles = p.row_units * p.column_tiles;
-  for (int index = unit; index < tiles; index += p.units) {
+  for (int index = first_tile(p, unit); index < tiles; index += p.units) {
     const Tile tile = tile_at(p, index);
     const int row0 = (tile.row_unit * p.cluster + rank) * kBlockM, column0 = tile.column * C::kBlockN;
     for (int step = 0; step < p.k_steps; ++step) {
@@ -102,10 +111,7 @@ __device__ inline void produce(const Launch& p, Ring<C> ring, int unit, int rank
       barrier_expect(ring.full(), C::kXBytes + C::kWBytes + (sharing ? C::kDBytes : 0));
       tma_load(ring.x(), p.x, ring.full(), k0, row0);
       load_columns(ring, p.weight, k0, column0, p.cluster, rank);
-      if (sharing) {
-        const int rank0 = tile.chunk * kRankChunk;
-        tma_load(ring.d(), p.down, ring.full(), C::kByRows ? rank0 : k0, C::kByRows ? k0 : rank0);
-      }
+      if (sharing) load_d(ring, p.down, ring.d(), k0, tile.chunk);
       ring.next();
     }
     for (int rank0 = 0; rank0 < p.problem.R; rank0 += kRankStep) {

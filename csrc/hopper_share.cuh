@@ -1,4 +1,4 @@
-// How S gets from the tiles that compute it to all tiles of the row block.
+// How S gets from those that compute it to all tiles of the row block.
 #pragma once
 
 #include "hopper_launch.cuh"
@@ -151,7 +151,36 @@ __device__ inline void publish_share(const Launch& p, const float (&share)[16], 
   }
 }
 
-// A share, for whoever cannot have it from a main loop: the same products in the same order, so the same bits.
+// Starts the products of a step of a share, whose X and D lie at these places. A masked X goes through registers.
+template <class C>
+__device__ inline void multiply_d(float (&share)[16], uint32_t x_tile, uint32_t d_tile, const Launch& p, int row0,
+                                  int k0, bool first, const Group& group) {
+  using Product = Wgmma<typename C::T, kRankChunk, C::kByRows>;
+  const uint64_t d = C::describe_d(d_tile);
+  if constexpr (C::kMaskX) {
+    const uint64_t seed = static_cast<uint64_t>(*p.problem.dropout.seed);
+    const int lane = group.lane();
+    // The lane's row of the four matrices that ldmatrix loads: above and below, left and right.
+    const int row = lane % 8 + lane / 8 % 2 * 8;
+    const uint32_t x = x_tile + (group.index * kHalfM + group.warp() * 16 + row) * 128;
+    uint32_t fragment[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      load_fragment(fragment[i], x + ((2 * i + lane / 16) ^ (row % 8)) * 16);
+      mask_fragment(fragment[i], p.problem.dropout, seed, row0 + group.row(), k0 + 16 * i, lane);
+    }
+    keep_in_place(fragment);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) Product::rs(share, fragment[i], d + C::kDAdvance * i, !first || i > 0);
+  } else {
+    const uint64_t x = describe(x_tile + group.index * (kHalfM * 128), 0, 1024, Swizzle::k128);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) Product::ss(share, x + 2 * i, d + C::kDAdvance * i, !first || i > 0);
+  }
+}
+
+// A share, for whoever has waited for it in vain: the same products in the same order, so the same bits.
 template <class T, bool MASK_X>
 __device__ inline void compute_share(const Launch& p, float (&share)[16], int half, int chunk, int part,
                                      const Group& group) {

@@ -51,6 +51,8 @@ def test_compiles(source: Path, chip: cuda_build.Capability, tmp_path: Path) -> 
     notes = done.stdout + done.stderr
     assert done.returncode == 0, notes[-5000:]
     assert "warning" not in notes, notes[-5000:]
+    # So it says where wgmma's products wait for each other.
+    assert "Potential Performance Loss" not in notes, notes[-5000:]
     spilled = [int(line.split(" bytes spill stores")[0].split()[-1]) for line in notes.splitlines() if "spill" in line]
     assert max(spilled, default=0) <= MOST_SPILLED, notes[-5000:]
 

@@ -63,6 +63,42 @@ def test_has_the_masks_of_the_others(other: str, dtype: torch.dtype, portable: b
         assert error < (0.01 if dtype == BF16 else 1e-5)
 
 
+# Who computes S, forward and backward, in the kernel for Hopper on 132 multiprocessors: the first tiles (T), or, where
+# the last wave leaves enough of them idle, clusters (C) or single blocks (B) that have a tile less.
+WHOSE_S = [
+    (4096, 1024, 2048, 16),  # TT
+    (8100, 1000, 4096, 16),  # CT: two shares for each cluster, and fewer rows than the last one has
+    (300, 1000, 2000, 8),  # CC: eight parts of K, of two steps and of four; a block without a row
+    (777, 1352, 1544, 40),  # CC: parts with an odd number of steps
+    (2000, 500, 2000, 64),  # TC: two chunks of the rank, as above
+    (129, 40, 512, 1),  # CC: less than a step
+    (130, 72, 33000, 16),  # CC
+    (100, 1000, 25600, 40),  # BC
+    (64, 4096, 14336, 16),  # BC
+    (100, 25600, 1000, 16),  # CB
+]
+
+
+@pytest.mark.parametrize("size", WHOSE_S, ids=str)
+def test_s_is_right_whoever_computes_it(size: tuple[int, int, int, int], device: torch.device) -> None:
+    t = Case(*size, BF16).tensors(device)
+    d = t.double()
+    exact_s, exact_t = 1.5 * d.x @ d.lora_A.T, 1.5 * d.dy @ d.lora_B
+    exact = [d.x @ d.weight.T + exact_s @ d.lora_B.T, exact_s, d.dy @ d.weight + exact_t @ d.lora_A, exact_t]
+
+    def once() -> list[torch.Tensor]:
+        y, s = cuda.forward(t.x, t.weight, t.lora_A, t.lora_B, None, 1.5, None, "native", True)
+        dx, dt = cuda.backward_input(t.dy, t.weight, t.lora_A, t.lora_B, 1.5, None, "native", True)
+        return [y, s, dx, dt]  # type: ignore[list-item]
+
+    first = once()
+    for value, want in zip(first, exact, strict=True):
+        assert float((value.double() - want).norm() / want.norm()) < 5e-3
+    for _ in range(5):
+        for value, want in zip(once(), first, strict=True):
+            assert torch.equal(value, want)
+
+
 def test_same_inputs_same_bits(portable: bool, device: torch.device) -> None:
     t = Case(3000, 1024, 520, 40, BF16, dropout=0.2, bias=True).tensors(device)
     mask = Dropout(0.2, torch.tensor([11], device=device))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import HAS_GPU
+from cases import HAS_GPU, Case
 from test_gpu_groups import LARGE
 from test_gpu_kernels import CASE, forward
 from test_group_kernels import computed
@@ -30,11 +30,19 @@ def test_a_layer_finishes_while_another_kernel_holds_multiprocessors(held: int) 
         assert torch.equal(value, want)
 
 
-@pytest.mark.parametrize("nf4", [False, True])
+# Dense, on 132 multiprocessors: S by tiles, by clusters that have a tile less, and by single blocks (docs/kernels.md).
+CUDA_CASES = [
+    (CASE, False),
+    (replace(CASE, M=5000, N=3000), False),
+    (replace(CASE, M=100, K=1000, N=25600, rank=40), False),
+    (replace(CASE, M=8), True),
+]
+
+
+@pytest.mark.parametrize(("case", "nf4"), CUDA_CASES, ids=str)
 @pytest.mark.parametrize("held", [32, 110, 128])
-def test_the_cuda_backend_finishes_beside_it_as_well(held: int, nf4: bool, compiled_cuda: None) -> None:
+def test_the_cuda_backend_finishes_beside_it_as_well(held: int, case: Case, nf4: bool, compiled_cuda: None) -> None:
     """Its kernel for Hopper waits for S inside of a launch, as does the one that streams NF4 weights."""
-    case = replace(CASE, M=8) if nf4 else CASE
     t = case.tensors(torch.device("cuda", 0))
     weight = NF4Weight.quantize(t.weight) if nf4 else t.weight
 
