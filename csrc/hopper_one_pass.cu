@@ -59,13 +59,15 @@ void divide_k(Launch& launch, int parts) {
   launch.shares = launch.parts * launch.rank_chunks;
 }
 
-// Units that have a tile less than others and are done with all of S when those are done with a tile; none if they
-// would not be. A step of a share, which waits for X alone, takes about as long as that of a tile of 128 columns.
+// Units that have a tile less than others, or none, and are done with all of S when those are done with a tile; none if
+// they would not be. A step of a share, which waits for X alone, takes about as long as that of a tile of 128 columns.
 int sharers(const Launch& launch, int block_n, int most_units) {
   const OnePass& p = launch.problem;
   // What the mask takes is time that waiting for X does not leave.
   if (p.mask_x && p.dropout.seed != nullptr) return 0;
-  const int spare = most_units - 1 - (launch.row_units * launch.column_tiles - 1) % most_units;
+  const int tiles = launch.row_units * launch.column_tiles, spare = most_units - 1 - (tiles - 1) % most_units;
+  // Where half of the units or more had a tile less, S in the tiles was as fast or faster (docs/kernels.md).
+  if (tiles > most_units && 5 * spare > 2 * most_units) return 0;
   const bool in_time = int64_t{launch.row_units} * launch.rank_chunks * 128 <= int64_t{spare} * block_n;
   return in_time ? spare : 0;
 }
