@@ -23,11 +23,26 @@ if HAS_GPU:
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("rows", [CASE.M, 8], ids=["many rows", "few rows"])
 @pytest.mark.parametrize("held", [32, 110, 128])
-def test_a_layer_finishes_while_another_kernel_holds_multiprocessors(held: int) -> None:
-    expected = forward(CASE)
-    for value, want in zip(while_held(held, lambda: forward(CASE)), expected, strict=True):
+def test_a_layer_finishes_while_another_kernel_holds_multiprocessors(held: int, rows: int) -> None:
+    case = replace(CASE, M=rows)
+    expected = forward(case)
+    for value, want in zip(while_held(held, lambda: forward(case)), expected, strict=True):
         assert torch.equal(value, want)
+
+
+@pytest.mark.parametrize("held", [32, 110, 128])
+def test_so_does_a_product_that_decodes_its_weight(held: int) -> None:
+    t = replace(CASE, M=8).tensors(torch.device("cuda", 0))
+    weight = NF4Weight.quantize(t.weight)
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return lora_linear(t.x, weight, t.lora_A, t.lora_B, scaling=2.0, backend="triton")
+
+    expected = call()
+    assert torch.equal(while_held(held, call), expected)
 
 
 # Dense, on 132 multiprocessors: S by tiles, by clusters that have a tile less, and by single blocks (docs/kernels.md).

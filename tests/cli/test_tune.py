@@ -417,6 +417,17 @@ def test_shapes_have_their_own_m(
     assert instant.measured == 0
 
 
+def test_few_tokens_are_refused_where_their_kernel_is_not_tuned(
+    instant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tiles_module, "chip_of", lambda device: HOPPER)
+    out = ["--out", str(tmp_path / "table.json")]
+    assert main(["tune", "--shapes", "65x64x48", "64x64x48", *out]) == 2
+    reason = "up to 64 tokens take a kernel on this chip whose tiles are not tuned: more must be asked for"
+    assert capsys.readouterr().err == f"lora_kernels: error: {reason}\n"
+    assert instant.measured == 0
+
+
 def test_tokens_of_projections() -> None:
     from lora_kernels.cli.main import build_parser
     from lora_kernels.cli.tune.command import _cases

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_kernels.backends import Backend, NF4Path, Problem
 from lora_kernels.backends.triton import backward_launch, gated, group, nf4_tiles, single
-from lora_kernels.backends.triton.tiles import INTERPRETER, candidates, chip_of
+from lora_kernels.backends.triton.tiles import INTERPRETER, candidates, chip_of, most_few_rows
 from lora_kernels.nf4 import NF4Weight
 
 
@@ -48,8 +48,9 @@ def _describe(problem: Problem) -> str | None:
     )
     path = "TMA descriptors" if use_tma else "pointers"
     backward = "one" if backward_launch.is_for_one_launch(problem.device, problem.rank) else "two"
+    few = f" beyond {most_few_rows(chip)} rows" if use_tma else ""
     nf4 = f"; {nf4_tiles.describe(chip, problem.dtype, problem.in_features)}" if problem.nf4 else ""
-    return f"one launch forward, {backward} backward, with dropout one more each; {path}; tiles by M from {tiles}{nf4}"
+    return f"one launch forward, {backward} backward, with dropout one more each; {path}; tiles by M from {tiles}{few}{nf4}"
 
 
 def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:

@@ -125,8 +125,13 @@ def group_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, Ns: Sequence[i
 
 
 def few_rows_table(chip: Chip) -> tuple[FewRowsTiles, ...]:
-    """The configurations for few rows, the least first; none where the one-pass kernel takes them."""
+    """The configurations of the kernel for few rows, the least first; none where the one-pass kernel takes them."""
     return _HOPPER_FEW_ROWS if chip.has_tma else ()
+
+
+def most_few_rows(chip: Chip) -> int:
+    """Up to how many rows of 16 bits that kernel takes them: 0 where there is none."""
+    return max((tiles.block_m for tiles in few_rows_table(chip)), default=0)
 
 
 def few_rows_tiles(chip: Chip, M: int) -> FewRowsTiles | None:

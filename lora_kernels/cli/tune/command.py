@@ -57,18 +57,23 @@ def run(args: argparse.Namespace) -> int:
     device = _device()
     if importlib.util.find_spec("tqdm") is None:
         raise UserError('tune needs more packages (tqdm): pip install "lora-kernels[bench]"')
-    from lora_kernels.backends.triton.tiles import chip_of
+    from lora_kernels.backends.triton.tiles import chip_of, most_few_rows
     from lora_kernels.backends.triton.tuned import VARIABLE, table_path
     from lora_kernels.cli.tune.tuning import Tuning
 
-    path = args.out or table_path(chip_of(device))
+    cases, chip = _cases(args), chip_of(device)
+    few = most_few_rows(chip) if args.dtype != "float32" else 0
+    if few and min(case.M for case in cases) <= few:
+        reason = "take a kernel on this chip whose tiles are not tuned: more must be asked for"
+        raise UserError(f"up to {few} tokens {reason}")
+    path = args.out or table_path(chip)
     if path is None:
         raise UserError(f"--out: must say where the table goes, because {VARIABLE} says that none is used")
     require_writable(path.parent)
     if path.is_dir():
         raise UserError(f"--out {path}: is a directory")
     clock: Clock = GpuClock(args.regime, "graph") if device.type == "cuda" else CpuClock("cpu")
-    tuning = Tuning(_cases(args), device, clock, args.samples)
+    tuning = Tuning(cases, device, clock, args.samples)
     tuning.run()
     if tuning.interrupted:
         return _keep_interrupted(tuning, path)
