@@ -18,7 +18,8 @@ from lora_kernels.cli.bench.models import MODEL_PROVIDERS, ModelProvider, Traine
 from lora_kernels.cli.bench.providers import Missing, WrongAnswer
 from lora_kernels.cli.bench.results import RESULTS_FILE, Setting, read_results
 from lora_kernels.cli.bench.shapes import TINY
-from lora_kernels.cli.bench.training import BATCHES, Training, _check
+from lora_kernels.cli.bench.training import BATCHES, Training
+from lora_kernels.cli.bench.turns import check
 from lora_kernels.cli.main import main
 
 CPU = torch.device("cpu")
@@ -213,7 +214,7 @@ def test_only_one_layer_is_ever_held_in_16_bits() -> None:
 
 def test_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(SETTING, _base(), TINY.vocabulary)
-    gradients = Training._gradients
+    gradients = Training._answers
 
     def spoiled(self: Training, trained: Trained) -> dict[str, torch.Tensor]:
         found = gradients(self, trained)
@@ -221,7 +222,7 @@ def test_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
             next(iter(found.values())).mul_(2.0)
         return found
 
-    monkeypatch.setattr(Training, "_gradients", spoiled)
+    monkeypatch.setattr(Training, "_answers", spoiled)
     for name in ("peft", "eager"):
         training.prepare(name)
     assert list(training.rounds(2)) == [0, 1]
@@ -251,8 +252,9 @@ def test_a_wrong_scaling_gets_no_time(factor: float, monkeypatch: pytest.MonkeyP
 
 
 def test_nan_is_a_wrong_gradient() -> None:
-    with pytest.raises(WrongAnswer):
-        _check({"a": torch.ones(2), "b": torch.full((2,), float("nan"))}, {"a": torch.ones(2), "b": torch.ones(2)})
+    found = {"a": torch.ones(2), "b": torch.full((2,), float("nan"))}
+    with pytest.raises(WrongAnswer, match="wrong answer: the gradient of b is off by nan"):
+        check(found, {"a": torch.ones(2), "b": torch.ones(2)}, "the gradient of")
 
 
 def test_layers_that_are_not_fused_are_no_figure_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

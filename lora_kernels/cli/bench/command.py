@@ -16,6 +16,7 @@ from lora_kernels.cli.bench import options as bench_options
 from lora_kernels.cli.bench.baseline import compare, require_comparable
 from lora_kernels.cli.bench.cases import DTYPES
 from lora_kernels.cli.bench.clock import CPU, CPU_TIME, Clock, CpuClock, GpuClock
+from lora_kernels.cli.bench.generation import Generation
 from lora_kernels.cli.bench.layers import Plan, ceilings_key, measure_case
 from lora_kernels.cli.bench.models import EXACT, REFERENCE, build
 from lora_kernels.cli.bench.options import LayerOptions, ModelOptions, Options, PlotOptions
@@ -165,20 +166,21 @@ def _measure_model(options: ModelOptions, results: Results) -> None:
         options.quantize,
         options.checkpointing,
         dropout=options.dropout,
+        generate=options.generate,
     )
     reference = EXACT if EXACT in options.providers else REFERENCE
-    training = Training(setting, base, shape.vocabulary, reference)
+    turns = (Generation if options.generate else Training)(setting, base, shape.vocabulary, reference)
     try:
         for name in bar(options.providers, "provider", "checking"):
-            training.prepare(name)
-        training.forget_reference()
-        for _ in bar(training.rounds(options.steps), "round", "measuring", options.steps):
-            results.models = training.measurements()
+            turns.prepare(name)
+        turns.forget_reference()
+        for _ in bar(turns.rounds(options.steps), "round", "measuring", options.steps):
+            results.models = turns.measurements()
             results.write(options.out)
         results.note_gpu("at the end")
     finally:
         with suppress(KeyboardInterrupt):
-            results.models = training.measurements()
+            results.models = turns.measurements()
 
 
 def _show(results: Results, folder: Path, plots: bool) -> None:

@@ -1,4 +1,4 @@
-"""A decoder with random weights, and the ways to train it: all of them around the same frozen weights."""
+"""A decoder with random weights, and the ways to run it: all of them around the same frozen weights."""
 
 from __future__ import annotations
 
@@ -166,6 +166,26 @@ class Trained:
             self.optimizer.step()
         self.drop_gradients()
         return loss
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Those of the token that comes next, of each sequence."""
+        with self._backend():
+            found: Tensor = self.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+        return found
+
+    def generate(self, prompts: Tensor, count: int) -> Tensor:
+        """The prompts and so many tokens more, one after the other, the likeliest each."""
+        options = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+        with self._backend():
+            found: Tensor = self.model.generate(  # type: ignore[operator]
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                **options,
+            )
+        return found
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:

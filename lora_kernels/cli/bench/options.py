@@ -24,7 +24,7 @@ _SAMPLES, _QUICK_SAMPLES, _CPU_TIME_SAMPLES = 30, 10, 200
 _M = (8192, 2048)
 _CASE_OPTIONS = ("ranks", "dropout", "adapters", "dtype", "nf4", "m")
 _LAYER_OPTIONS = ("regimes", "launches", "samples", "cpu_time", "memory")
-_MODEL_OPTIONS = ("layers", "batch", "seq", "rank", "quantize", "no_checkpointing", "steps")
+_MODEL_OPTIONS = ("layers", "batch", "seq", "rank", "quantize", "no_checkpointing", "steps", "generate")
 _RUN_OPTIONS = ("providers", "device", "baseline", "note", "no_plots")
 
 
@@ -57,7 +57,10 @@ class LayerOptions(Common):
 
 @dataclass(frozen=True)
 class ModelOptions(Common):
-    """A run over a whole model; `layers` of it are built. `left_out` is as with layers."""
+    """A run over a whole model; `layers` of it are built. `left_out` is as with layers.
+
+    It trains, or generates so many tokens behind prompts of `seq`.
+    """
 
     model: str
     layers: int
@@ -69,6 +72,7 @@ class ModelOptions(Common):
     dropout: float
     providers: tuple[str, ...]
     steps: int
+    generate: int
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -96,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--shapes", nargs="+", type=parse_shape, metavar="MxKxN", help="layers: tokens, in, out")
     kind.add_argument("--group", nargs="+", type=parse_group, metavar="MxKxN+N", help="groups: layers that share x")
     kind.add_argument("--projections", nargs="+", choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)}")
-    kind.add_argument("--model", choices=WHOLE_MODELS, help="training steps of a whole model with random weights")
+    kind.add_argument("--model", choices=WHOLE_MODELS, help="a whole model with random weights: training steps")
     kind.add_argument("--plot", type=Path, metavar="FILE", help="show an earlier results.json; measure nothing")
 
     layers = parser.add_argument_group("layers")
@@ -119,12 +123,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("whole models")
     model.add_argument("--layers", type=whole(1), help="build only so many (default: all); nothing is extrapolated")
-    model.add_argument("--batch", type=whole(1), help="default: 2")
-    model.add_argument("--seq", type=whole(2), help="default: 4096; on a CPU 64")
+    model.add_argument("--batch", type=whole(1), help="default: 2; with --generate 1")
+    model.add_argument("--seq", type=whole(2), help="default: 4096; on a CPU, or with --generate, 64")
     model.add_argument("--rank", type=whole(1), help="default: 16")
     model.add_argument("--quantize", choices=["nf4"], help="keep the frozen weights in 4 bits")
     model.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     model.add_argument("--steps", type=whole(1), help="measured steps of each provider (default: 5)")
+    model.add_argument(
+        "--generate", type=whole(1), metavar="N", help="time N tokens behind prompts of --seq, in place of steps"
+    )
 
     parser.add_argument(
         "--providers",
@@ -183,19 +190,23 @@ def _model_options(args: argparse.Namespace, common: tuple[str, Path | None, boo
     every = WHOLE_MODELS[args.model].layers
     if (args.layers or 1) > every:
         raise UserError(f"--layers {args.layers}: {args.model} has {every}")
+    for name in ("dropout", "no_checkpointing"):
+        if args.generate and getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} does not go with --generate: it is for training")
     left_out = {} if args.providers else LEFT_OUT
     return ModelOptions(
         *common,
         model=args.model,
         layers=args.layers or every,
-        batch=args.batch or 2,
-        seq=args.seq or (64 if common[0] == "cpu" else 4096),
+        batch=args.batch or (1 if args.generate else 2),
+        seq=args.seq or (64 if common[0] == "cpu" or args.generate else 4096),
         rank=args.rank or 16,
         quantize=args.quantize,
-        checkpointing=not args.no_checkpointing,
+        checkpointing=not (args.no_checkpointing or args.generate),
         dropout=args.dropout or 0.0,
         providers=_providers(args.providers, list(MODEL_PROVIDERS), left_out),
         steps=args.steps or 5,
+        generate=args.generate or 0,
         left_out=left_out,
     )
 

@@ -237,6 +237,9 @@ def _losses(models: Sequence[ModelMeasurement], machine: str) -> Any:
 
 def _setting(m: ModelMeasurement) -> str:
     layers = "" if m.layers == m.all_layers else f" ({m.layers} of {m.all_layers} layers)"
+    base = m.quantize or "bf16"
+    if m.generate:
+        return f"{m.model}{layers}, {m.generate} tokens behind {m.batch} x {m.seq}, {base}"
     checkpointing = "checkpointing" if m.checkpointing else "no checkpointing"
     dropout = f", dropout {m.dropout:g}" if m.dropout else ""
-    return f"{m.model}{layers}, {m.batch} x {m.seq}, {m.quantize or 'bf16'}{dropout}, {checkpointing}"
+    return f"{m.model}{layers}, {m.batch} x {m.seq}, {base}{dropout}, {checkpointing}"

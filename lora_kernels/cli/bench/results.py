@@ -59,7 +59,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Setting:
-    """A training step of a whole model, by whichever provider."""
+    """A training step of a whole model, by whichever provider; or with `generate` that many tokens behind a prompt."""
 
     model: str
     layers: int
@@ -70,11 +70,12 @@ class Setting:
     quantize: str | None
     checkpointing: bool
     dropout: float = field(default=0.0, kw_only=True)
+    generate: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
 class ModelMeasurement(Setting):
-    """A provider's training step, or the reason why it has no figure."""
+    """A provider's training step, or token of each sequence, or the reason why it has no figure."""
 
     provider: str
     times: Times | None = None
@@ -82,16 +83,19 @@ class ModelMeasurement(Setting):
     reason: str | None = None
     losses: tuple[float, ...] = ()
     gradient_error: float | None = None
+    logits_error: float | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
         """Of the model that was measured, with as many layers as it had."""
-        return None if self.times is None else 1e6 * self.batch * self.seq / self.times.median
+        if self.times is None:
+            return None
+        return 1e6 * self.batch * (1 if self.generate else self.seq) / self.times.median
 
     @property
     def key(self) -> tuple[object, ...]:
         """What it is a figure of."""
-        how = self.batch, self.seq, self.rank, self.quantize, self.checkpointing, self.dropout
+        how = self.batch, self.seq, self.rank, self.quantize, self.checkpointing, self.dropout, self.generate
         return self.model, self.layers, *how, self.provider
 
 

@@ -114,8 +114,12 @@ def model_table(measurements: Sequence[ModelMeasurement], left_out: Mapping[str,
     lines: list[str] = []
     for title, group in groupby(measurements, key=_model_title):
         members = {m.provider: m for m in group}
-        cells = ["tokens/s", "± %", "of floor", "peak GiB", "loss", "gradient", "loss gap"]
-        lines += [title, _model_cells("", *cells, *(["from float32"] if EXACT in members else []))]
+        cells = ["tokens/s", "± %", "of floor", "peak GiB"]
+        if any(m.generate for m in members.values()):
+            cells += ["logits"]
+        else:
+            cells += ["loss", "gradient", "loss gap", *(["from float32"] if EXACT in members else [])]
+        lines += [title, _model_cells("", *cells)]
         lines += [_model_line(m, members) for m in members.values()]
         lines += [f"  {provider:<18}{_NONE:>12}  {reason}" for provider, reason in left_out.items()]
     return "\n".join(lines)
@@ -130,8 +134,10 @@ def loss_gap(losses: Sequence[float], others: Sequence[float]) -> tuple[float, f
 
 def _model_title(m: ModelMeasurement) -> str:
     reduced = "" if m.layers == m.all_layers else f", REDUCED to {m.layers} of {m.all_layers} layers"
-    checkpointing = "checkpointing" if m.checkpointing else "no checkpointing"
     base = m.quantize or "bfloat16"
+    if m.generate:
+        return f"{m.model}{reduced}: {m.generate} tokens behind {m.batch} x {m.seq}, rank {m.rank}, {base}"
+    checkpointing = "checkpointing" if m.checkpointing else "no checkpointing"
     dropout = f", dropout {m.dropout:g}" if m.dropout else ""
     return f"{m.model}{reduced}: {m.batch} x {m.seq} tokens, rank {m.rank}{dropout}, {base}, {checkpointing}"
 
@@ -141,12 +147,17 @@ def _model_line(m: ModelMeasurement, members: Mapping[str, ModelMeasurement]) ->
         return f"  {m.provider:<18}{_NONE:>12}  {m.reason}"
     floor, exact, stock = (members.get(name) for name in (FLOOR, EXACT, stock_of(m.provider) or ""))
     per_second = None if floor is None else floor.tokens_per_second
-    return _model_cells(
-        m.provider,
-        f"{m.tokens_per_second:,.0f}",
+    cells = [
+        f"{m.tokens_per_second:,.{0 if m.tokens_per_second >= 1000 else 1}f}",
         f"{100 * m.times.spread:.1f}",
         _NONE if per_second is None else f"{m.tokens_per_second / per_second:.3f}",
         _NONE if m.peak_bytes is None else f"{m.peak_bytes / _GIB:.2f}",
+    ]
+    if m.generate:
+        return _model_cells(m.provider, *cells, _NONE if m.logits_error is None else f"{m.logits_error:.1e}")
+    return _model_cells(
+        m.provider,
+        *cells,
         f"{m.losses[0]:.3f} -> {m.losses[-1]:.3f}" if m.losses else _NONE,
         _NONE if m.gradient_error is None else f"{m.gradient_error:.1e}",
         _gap(m, stock),
