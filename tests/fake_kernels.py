@@ -78,6 +78,22 @@ def _one_pass(dtypes: Dtypes, options: Options, a: Arguments) -> None:
     out.copy_(total)
 
 
+def _few_rows(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    M, N, K, R = a[12], a[13], a[14], a[15]
+    matrix, transposed = _Matrices(dtypes, a), options["W_IS_NK"]
+    left, out = matrix(0, M, K, a[18]), matrix(2, M, N, N)
+    stored = matrix(1, *((N, K) if transposed else (K, N)), a[19])
+    down, up = _view(a[3], dtypes[3], K, R, a[20], a[21]), _view(a[4], dtypes[4], R, N, a[22], a[23])
+    s = matrix(6, M, R, R)
+    assert int(matrix(8, 1, 1)) == 0
+    s.copy_(matrix.masked(left, 9, options["MASK_X"]) @ down.double() * matrix.scale(10, 11))
+    branch = matrix.masked(s.double() @ up.double(), 9, options["MASK_OUT"])
+    total = left.double() @ (stored.T if transposed else stored).double() + branch
+    if a[5] is not None:
+        total += matrix(5, 1, N).double()
+    out.copy_(total)
+
+
 def _adapter_grads(dtypes: Dtypes, options: Options, a: Arguments) -> None:
     M, K, N, R = a[9], a[10], a[11], a[12]
     matrix = _Matrices(dtypes, a)
@@ -210,6 +226,7 @@ def _nf4_product(dtypes: Dtypes, options: Options, a: Arguments) -> None:
 KERNELS: dict[str, Callable[[Dtypes, Options, Arguments], None]] = {
     "mask": _mask,
     "one_pass": _one_pass,
+    "few_rows": _few_rows,
     "adapter_grads": _adapter_grads,
     "backward": _backward,
     "group_forward": _group_forward,

@@ -66,6 +66,7 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
     from lora_kernels.backends.triton import (
         backward_launch,
         direct,
+        few_rows_launch,
         gated,
         group,
         group_launch,
@@ -74,6 +75,7 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
         mask_launch,
         nf4_launch,
     )
+    from lora_kernels.backends.triton import tiles as tiles_module
     from lora_kernels.backends.triton.tiles import Chip
 
     driver, asked = FakeDriver(), []
@@ -86,9 +88,12 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
     monkeypatch.setattr(direct, "_driver", lambda: driver)
     chip = Chip((9, 0), 132, 232448, True)
     for module, name, value in (
+        # Or all that is small would be few rows: fixture few_rows.
+        (tiles_module, "_HOPPER_FEW_ROWS", ()),
         (mask_launch, "mask_kernel", driver.mask),
         (mask_launch, "_launches", {}),
         (launch, "one_pass_kernel", driver.one_pass),
+        (few_rows_launch, "few_rows_kernel", driver.few_rows),
         (backward_launch, "adapter_grads_kernel", driver.adapter_grads),
         (backward_launch, "backward_kernel", driver.backward),
         (backward_launch, "_launches", {}),
@@ -127,6 +132,15 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
     yield LaunchPath(driver, extension, asked)
     extension.clear()
     dispatch.choose.cache_clear()
+
+
+@pytest.fixture
+def few_rows(path: LaunchPath, monkeypatch: pytest.MonkeyPatch) -> LaunchPath:
+    """The launch path, where up to 16 rows take the kernel that is theirs on Hopper."""
+    from lora_kernels.backends.triton import tiles
+
+    monkeypatch.setattr(tiles, "_HOPPER_FEW_ROWS", (tiles.FewRowsTiles(16, 64, 128, 4, 4),))
+    return path
 
 
 def make(*needed: str, sizes: tuple[int, ...] = (5, 24, 40, 3), dtype: torch.dtype = bf16) -> dict[str, Tensor]:

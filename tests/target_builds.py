@@ -48,6 +48,7 @@ class Build:
     turned: the weight is stored as [K, N], and not as [N, K]. ieee: float32 products are without TF32. alone: S is
     computed by programs that have fewer tiles, if X has no mask and there are no halves. want_h: of a gated MLP's
     backward.
+    eights: sizes and strides that 8 divides and 16 does not. flat: one loop over all steps of all tiles.
     """
 
     capability: int
@@ -67,10 +68,13 @@ class Build:
     activation: Activation = "silu"
     want_h: bool = True
     alone: bool = True
+    eights: bool = False
+    flat: bool = True
 
     def __str__(self) -> str:
         tiles = "x".join(str(v) for k, v in asdict(self.tiles).items() if k.startswith("block"))
-        flags = [k for k in ("forward", "masked", "aligned", "turned", "ieee", "alone") if getattr(self, k)]
+        booleans = ("forward", "masked", "aligned", "turned", "ieee", "alone", "eights", "flat")
+        flags = [k for k in booleans if getattr(self, k)]
         flags += [self.dtype, self.precision]
         if self.members > 1:
             flags.append(f"{self.members} members")
@@ -121,8 +125,12 @@ def tile_builds(capability: int) -> Iterator[Build]:
                 yield from group_builds(plain)
             if tiles.use_tma:
                 yield replace(plain, alone=False)
+            if tiles.use_tma and widest:
+                yield from (replace(plain, flat=False), replace(plain, flat=False, masked=True, rank=64))
             if tiles.use_tma and not forward:
                 yield replace(plain, kernel="backward")
+                if widest:
+                    yield replace(plain, kernel="backward", flat=False)
                 if tiles.block_n == 256:
                     yield replace(plain, kernel="backward", masked=True)
                 if widest:
@@ -130,7 +138,7 @@ def tile_builds(capability: int) -> Iterator[Build]:
     for few in few_rows_table(chip):
         for forward in (True, False):
             plain = Build(capability, "few_rows", few, forward)
-            yield plain
+            yield from (plain, replace(plain, eights=True), replace(plain, precision="split"))
             yield replace(plain, masked=True, rank=64, precision="native" if forward else "split")
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), rank=64)
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), masked=True, precision="split", rank=64)

@@ -66,6 +66,8 @@ def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
     if not build.aligned:
         # What is not aligned in these does not run on the fly.
         aligned = ["words_ptr", "x_ptr", "stride_xm", "K"] if build.kernel == "nf4_product" else []
+    if build.eights:
+        aligned = [n for n in aligned if signature[n].startswith("*")]
     attributes = {
         (names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"
     }
@@ -108,7 +110,7 @@ def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "PRECISION": "ieee" if build.ieee else "tf32",
         "USE_TMA": tiles.use_tma,
         "DTYPE": DTYPES[build.dtype],
-        "FLATTEN": tiles.use_tma,
+        "FLATTEN": tiles.use_tma and build.flat,
         "scale_ptr": None,
         "stride_dk" if build.forward else "stride_dr": 1,
         "stride_ur" if build.forward else "stride_un": 1,
@@ -143,6 +145,8 @@ def _few_rows(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "RANK_CHUNKS": -(-build.rank // block_r),
         "W_IS_NK": build.forward,
         "EVEN_K": not build.masked,
+        **dict.fromkeys(("K_ALIGN", "N_ALIGN", "X_ALIGN", "W_ALIGN", "RANK_ALIGN"), 8),
+        "DOWN_ALIGN": 1 if build.forward else 8,
         "MASK_X": build.masked and build.forward,
         "MASK_OUT": build.masked and not build.forward,
         "SPLIT": build.precision == "split",

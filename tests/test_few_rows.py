@@ -18,7 +18,7 @@ from lora_kernels.dropout import Dropout, inverse_keep, keep_mask
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from lora_kernels.backends import sync
-from lora_kernels.backends.triton import launch, launches
+from lora_kernels.backends.triton import launch, launches, single
 from lora_kernels.backends.triton.tiles import (
     Chip,
     FewRowsTiles,
@@ -145,17 +145,24 @@ def test_what_tma_cannot_read_is_the_one_pass_kernels(device: torch.device, monk
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65])
 def test_a_call_of_few_rows_takes_it_on_hopper(rows: int, device: torch.device) -> None:
-    t = Case(rows, 512, 256, 8, torch.bfloat16).tensors(device)
-    x, A, B = (tensor.requires_grad_() for tensor in (t.x, t.lora_A, t.lora_B))
+    t, chip = Case(rows, 512, 256, 8, torch.bfloat16).tensors(device), chip_of(device)
     with launches.noting() as made:
-        y = lora_linear(x, t.weight, A, B, backend="triton")
+        _, s = single.forward(t.x, t.weight, t.lora_A, t.lora_B, None, 2.0, None, "native", True)
     with launches.noting() as made_backward:
-        # The nodes that a compiled launch path makes launch for themselves, and are not noted.
-        torch.autograd.grad(y, [x, A, B], t.dy)
-    few = few_rows_tiles(chip_of(device), rows) is not None
-    kernels = [launch._kernel.fn.__name__ for launch in made]
-    assert kernels == ["few_rows_kernel" if few else "one_pass_kernel"]
-    assert all(launch.name in ("one_pass", "adapter_grads", "backward") for launch in made_backward)
+        adapters = (t.lora_A, t.lora_B)
+        single.backward(t.dy, t.weight, *adapters, t.x, s, 2.0, None, "native", torch.bfloat16)
+
+    def kernels(made: list[launches.Launch]) -> list[str]:
+        return [launch._kernel.fn.__name__ for launch in made]
+
+    if few_rows_tiles(chip, rows) is not None:
+        assert kernels(made) == ["few_rows_kernel"]
+        assert kernels(made_backward) == ["few_rows_kernel", "adapter_grads_kernel"]
+    else:
+        assert kernels(made) == ["one_pass_kernel"]
+        assert kernels(made_backward) == (
+            ["backward_kernel"] if chip.has_tma else ["one_pass_kernel", "adapter_grads_kernel"]
+        )
 
 
 @pytest.mark.gpu

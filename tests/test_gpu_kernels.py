@@ -136,9 +136,9 @@ def compiled_variants() -> int:
 
 
 def test_a_new_batch_size_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the other of the two ways to compute S, once each."""
-    tiles = one_pass_tiles(chip_of(torch.device("cuda", 0)), 2, True, 4096, 512)
-    module, x = layer(), torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16)
+    """But for the other of the two ways to compute S, and of the two loops, once each."""
+    tiles = one_pass_tiles(chip_of(torch.device("cuda", 0)), 2, True, 4096, 2048)
+    module, x = layer(size=2048), torch.randn(4096, 2048, device="cuda", dtype=torch.bfloat16)
 
     def call(rows: int) -> None:
         left = x[:rows]
@@ -148,7 +148,9 @@ def test_a_new_batch_size_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     for own in (0, 3):
         monkeypatch.setattr(launch, "sharers", lambda *sizes, own=own: (1, own))
         monkeypatch.setattr(launch, "_launches", {})
+        # More tiles than programs, and fewer.
         call(4096)
+        call(1000)
     monkeypatch.undo()
     before = compiled_variants()
     for rows in (1, 2, 15, 16, 17, 128, 333, 1000, 2048, 4095):
@@ -172,7 +174,7 @@ def test_the_first_call_to_cuda_of_a_thread_may_be_a_launch(kernel: str) -> None
     seed = torch.tensor([7], device="cuda")
     weight = NF4Weight.quantize(torch.randn(256, 512, device="cuda", dtype=torch.bfloat16))
     # For tensors that no call has described to TMA yet.
-    cases = iter([Case(64, 512, 256, 16, torch.bfloat16).tensors(torch.device("cuda", 0)) for _ in range(4)])
+    cases = iter([Case(128, 512, 256, 16, torch.bfloat16).tensors(torch.device("cuda", 0)) for _ in range(4)])
 
     def call() -> Tensor:
         if kernel == "dequantize":

@@ -145,21 +145,26 @@ def test_side_streams_and_graphs_side_by_side(on_gpu: None) -> None:
 
 
 def test_a_new_batch_size_is_learned_without_compiling(on_gpu: None) -> None:
+    from lora_kernels.backends.triton.few_rows import few_rows_kernel
     from lora_kernels.backends.triton.one_pass import one_pass_kernel
+
+    def compiled() -> list[int]:
+        kernels, index = (one_pass_kernel, few_rows_kernel), torch.cuda.current_device()
+        return [len(kernel.device_caches[index][0]) for kernel in kernels]
 
     layer, _ = gpu_layer()
     x = torch.randn(4096, 512, device="cuda", dtype=bf16)
     # Between them they have every tile that the others get.
-    for rows in (4096, 2048, 1024, 512, 256, 64, 1):
+    for rows in (4096, 2048, 1024, 512, 256, 65, 64, 32, 1):
         warm(layer, x[:rows].detach().requires_grad_())
-    compiled = len(one_pass_kernel.device_caches[torch.cuda.current_device()][0])
+    before = compiled()
     for rows in (15, 16, 17, 128, 333, 1000, 4095):
         left = x[:rows].detach().requires_grad_()
         first = gpu_step(layer, left)
         warm(layer, left)
         for got, want in zip(gpu_step(layer, left), first, strict=True):
             assert torch.equal(got, want)
-    assert len(one_pass_kernel.device_caches[torch.cuda.current_device()][0]) == compiled
+    assert compiled() == before
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

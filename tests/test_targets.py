@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 MOST_STACK = {
     "mask": 0,
     "one_pass": 608,
+    "few_rows": 0,
     "backward": 608,
     "group_forward": 440,
     "group_input": 552,

@@ -48,7 +48,7 @@ def _describe(problem: Problem) -> str | None:
     )
     path = "TMA descriptors" if use_tma else "pointers"
     backward = "one" if backward_launch.is_for_one_launch(problem.device, problem.rank) else "two"
-    few = f" beyond {most_few_rows(chip)} rows" if use_tma else ""
+    few = f"; up to {most_few_rows(chip)} rows another kernel, and two launches backward" if use_tma else ""
     nf4 = f"; {nf4_tiles.describe(chip, problem.dtype, problem.in_features)}" if problem.nf4 else ""
     return f"one launch forward, {backward} backward, with dropout one more each; {path}; tiles by M from {tiles}{few}{nf4}"
 

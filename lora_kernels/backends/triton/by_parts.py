@@ -93,7 +93,7 @@ def _last_to_arrive(acc, part, parts, tile_ptr, arrived_ptr, BLOCK_M: tl.constex
     """Hands a part of a tile over. Returns whether it was the last one, and then the whole tile."""
     TILE: tl.constexpr = BLOCK_M * BLOCK_C
     # So many parts are in flight at once; more would not fit into the registers.
-    BATCH: tl.constexpr = max(1, 64 // BLOCK_M)
+    BATCH: tl.constexpr = 64 // BLOCK_M if BLOCK_M < 64 else 1
     tile_ptr += tl.arange(0, BLOCK_C)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     tl.store(tile_ptr + part * TILE, acc)
     # Every thread's part of the tile must be written before one thread counts it.

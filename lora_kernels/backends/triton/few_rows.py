@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.backends.triton.by_parts import hand_over, part_of_s, tile_of
+from lora_kernels.backends.triton.pieces import aligned
 from lora_kernels.backends.triton.sharing import part_bounds
 
 
@@ -49,12 +50,20 @@ def few_rows_kernel(
     x_ptr, w_ptr, out_ptr, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr,
     scale, M, N, K, R, s_parts, parts, stride_xm, stride_w, stride_dk, stride_dr, stride_ur, stride_un,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr,
-    W_IS_NK: tl.constexpr, EVEN_K: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr, SPLIT: tl.constexpr,
+    W_IS_NK: tl.constexpr, EVEN_K: tl.constexpr, K_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
+    W_ALIGN: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The module's docstring says what it computes, by_parts.py what the programs do and why it ends.
 
-    x_ptr [M, K], w_ptr ([N, K] if W_IS_NK, else [K, N]), out_ptr [M, N] and s_ptr [M, R], the last two contiguous.
+    x_ptr [M, K], w_ptr ([N, K] if W_IS_NK, else [K, N]), out_ptr [M, N] and s_ptr [M, R], the last two contiguous. Each
+    ALIGN divides what it is named after: Triton itself asks only whether 16 does, and where 8 does not do for it, it loads number
+    by number.
     """
+    K, N, R = aligned(K, K_ALIGN), aligned(N, N_ALIGN), aligned(R, RANK_ALIGN)
+    stride_xm, stride_w = aligned(stride_xm, X_ALIGN), aligned(stride_w, W_ALIGN)
+    if DOWN_ALIGN > 1:
+        stride_dk = aligned(stride_dk, DOWN_ALIGN)
     row_tiles = tl.cdiv(M, BLOCK_M)
     of_s = row_tiles * s_parts * RANK_CHUNKS
     ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_kernels.backends import Precision, Scale
 from lora_kernels.backends.triton.few_rows import few_rows_kernel
-from lora_kernels.backends.triton.launches import Launch, alignment
+from lora_kernels.backends.triton.launches import Launch, alignment, divisor
 from lora_kernels.backends.triton.parts_plan import plan_by_parts
 from lora_kernels.backends.triton.tiles import FewRowsTiles, few_rows_parts
 
@@ -46,6 +46,12 @@ def plan_few_rows(
         "RANK_CHUNKS": plan.rank_chunks,
         "W_IS_NK": w_is_nk,
         "EVEN_K": K % tiles.block_k == 0,
+        "K_ALIGN": divisor(K),
+        "N_ALIGN": divisor(N),
+        "X_ALIGN": divisor(left.stride(0)),
+        "W_ALIGN": divisor(stride_w),
+        "RANK_ALIGN": divisor(R),
+        "DOWN_ALIGN": divisor(down.stride(0)),
         "MASK_X": masked and mask_left,
         "MASK_OUT": masked and not mask_left,
         "SPLIT": precision == "split",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from lora_kernels.backends import Precision, Scale, tf32_allowed
 from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton.few_rows_launch import plan_few_rows
-from lora_kernels.backends.triton.launches import Launch, alignment, remember
+from lora_kernels.backends.triton.launches import Launch, alignment, divisor, remember
 from lora_kernels.backends.triton.mask_launch import bits_of
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.tiles import (
@@ -295,11 +294,6 @@ def settle(
 def stays(left: Tensor) -> bool:
     """Whether L2 holds a matrix while its product is computed."""
     return left.numel() <= NUMBERS_THAT_STAY
-
-
-def divisor(number: int) -> int:
-    """What divides a number, 8 at most: of 16-bit numbers as many as one load takes."""
-    return math.gcd(8, number)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,6 +144,11 @@ def alignment(*tensors: Tensor | None) -> int:
     for t in tensors:
         bits = 2 * bits + (t is not None and t.data_ptr() % 16 != 0)
     return bits
+
+
+def divisor(number: int) -> int:
+    """What divides a number, 8 at most: of 16-bit numbers as many as one load takes. Triton itself asks only about 16."""
+    return math.gcd(8, number)
 
 
 def _described(arguments: tuple[Any, ...], blocks: tuple[tuple[int, int], ...] | None) -> tuple[Any, ...]:

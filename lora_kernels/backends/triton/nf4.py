@@ -94,7 +94,7 @@ def dequantize_kernel(
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
     """Writes the flattened weight, BLOCK elements a program. BLOCK is a multiple of BLOCK_SIZE or divides it."""
-    SCALES: tl.constexpr = max(1, BLOCK // BLOCK_SIZE)
+    SCALES: tl.constexpr = BLOCK // BLOCK_SIZE if BLOCK > BLOCK_SIZE else 1
     pid = tl.program_id(0)
     start = pid.to(tl.int64) * BLOCK
     table = lane_table(pid, SHUFFLE)

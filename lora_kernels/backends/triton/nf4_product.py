@@ -46,7 +46,7 @@ def _part_of_product(pid_m, pid_c, part, parts, x_ptr, stride_xm, words_ptr, abs
     """
     ROWS: tl.constexpr = BLOCK_C if FORWARD else BLOCK_L
     COLUMNS: tl.constexpr = BLOCK_L if FORWARD else BLOCK_C
-    SCALES: tl.constexpr = max(1, COLUMNS // BLOCK_SIZE)
+    SCALES: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
     never = M < 0
     table = anchored(lane_table(pid_m, SHUFFLE), float_ptr + tl.zeros((1, 1), tl.int32), never)
     shifts = anchored(code_shifts(), words_ptr + code_shifts(), never)[None, None, :]

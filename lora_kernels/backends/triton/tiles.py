@@ -72,8 +72,8 @@ _HOPPER = (
 )
 # Up to the rows of the last one, they are faster than the one-pass kernel.
 _HOPPER_FEW_ROWS = (
-    FewRowsTiles(16, 64, 128, 4, 6),
-    FewRowsTiles(32, 64, 128, 4, 5),
+    FewRowsTiles(16, 64, 128, 4, 4),
+    FewRowsTiles(32, 64, 128, 4, 4),
     FewRowsTiles(64, 64, 64, 4, 5),
 )
 _POINTERS = (

@@ -22,7 +22,7 @@ _TMA = (
     (128, 128, 64, 8, 5),
     (256, 128, 64, 8, 3),
     (128, 64, 64, 4, 5),
-    # Few tokens wait for W: many bytes under way.
+    # What waits for W: many bytes under way.
     (64, 128, 64, 4, 6),
 )
 _POINTERS = (
