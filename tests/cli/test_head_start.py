@@ -85,13 +85,13 @@ sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_k
 config = LlamaConfig(num_hidden_layers=2, **sizes)
 lora = lambda: LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
 gpu, dtype = torch.device("cuda", 0), torch.bfloat16
-head_start(config, lora(), (2, 32), dtype, apply_lora_kernels, gpu)
+head_start(config, lora(), (2, 40), dtype, apply_lora_kernels, gpu)
 assert not any(here for here, _ in compiled)
 
 model = one_layer(config, lora(), dtype, gpu)
 apply_lora_kernels(model)
 model.train()
-ids = torch.zeros(2, 32, dtype=torch.int64, device=gpu)
+ids = torch.zeros(2, 40, dtype=torch.int64, device=gpu)
 with torch.autocast("cuda", dtype):
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 for p in model.parameters():
