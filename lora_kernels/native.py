@@ -284,6 +284,13 @@ def _functions() -> list[Any]:
     ]
 
 
+def advice() -> str | None:
+    """What would make calls cheaper to launch on this machine; None where there is nothing to do, or no GPU."""
+    if not torch.cuda.is_available() or why_not() != NOT_COMPILED:
+        return None
+    return "launches come from Python, and short steps wait for them: `python -m lora_kernels build` compiles the path"
+
+
 def why_not() -> str | None:
     """Why calls are launched from Python here; None if they are launched from C++."""
     from lora_kernels.backends import native_build

@@ -11,6 +11,7 @@ from typing import Any
 from peft.tuners import lora
 from torch import nn
 
+from lora_kernels import native
 from lora_kernels.integrations.peft_blocks import (
     grouped_class,
     is_block,
@@ -93,6 +94,8 @@ class Report:
             grouped = sum(block.grouped for block in self.blocks)
             lines.append(f"lora_kernels: {grouped} of {len(self.blocks)} attention and MLP blocks are grouped")
             lines += _by_reason(self.blocks, "not grouped")
+        if self.fused and (advice := native.advice()) is not None:
+            lines.append(f"lora_kernels: {advice}")
         return "\n".join(lines)
 
 

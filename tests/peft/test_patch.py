@@ -17,7 +17,7 @@ from peft_models import assert_same, base_model, gradients, lora_config, lora_la
 from torch import nn
 
 import lora_kernels
-from lora_kernels import apply_lora_kernels, patch_peft, revert_lora_kernels
+from lora_kernels import apply_lora_kernels, native, patch_peft, revert_lora_kernels
 from lora_kernels.integrations import peft_contract
 from lora_kernels.integrations.peft_layer import Linear
 
@@ -104,6 +104,17 @@ def test_apply_and_revert() -> None:
     assert revert_lora_kernels(model) == 0
     assert kinds(model) == {lora.Linear}
     assert_same(before, gradients(model, "llama", "cpu"), 0.0)
+
+
+def test_the_report_says_how_launches_become_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    report, advice = apply_lora_kernels(lora_model()), "lora_kernels: launches come from Python, and short steps wait"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for reason, said in ((native.NOT_COMPILED, True), ("LORA_KERNELS_NATIVE is 0", False), (None, False)):
+        monkeypatch.setattr(native, "why_not", lambda reason=reason: reason)
+        assert str(report).splitlines()[-1].startswith(advice) == said
+    monkeypatch.setattr(native, "why_not", lambda: native.NOT_COMPILED)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "launches" not in str(report)
 
 
 def test_fused_layer_has_no_state_of_its_own() -> None:

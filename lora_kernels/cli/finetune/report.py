@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from lora_kernels import native
 from lora_kernels.cli.environment import gpu_names, versions
 from lora_kernels.cli.finetune.options import Options
@@ -63,8 +61,8 @@ def _fused_layers(run: Run) -> list[str]:
     lines += [f"    {count} not fused: {reason}" for reason, count in reasons.items()]
     if fused:
         lines.append(f"  backend              {run.backend}")
-    if torch.cuda.is_available() and native.why_not() == native.NOT_COMPILED:
-        lines.append("  launches             from Python; `python -m lora_kernels build` makes short steps faster")
+    if fused and (advice := native.advice()) is not None:
+        lines.append(f"  advice               {advice}")
     return lines
 
 
