@@ -61,8 +61,8 @@ def _fused_layers(run: Run) -> list[str]:
     lines += [f"    {count} not fused: {reason}" for reason, count in reasons.items()]
     if fused:
         lines.append(f"  backend              {run.backend}")
-    if fused and (advice := native.advice()) is not None:
-        lines.append(f"  advice               {advice}")
+        if (advice := native.advice()) is not None:
+            lines.append(f"  advice               {advice}")
     return lines
 
 
