@@ -138,8 +138,12 @@ def tile_builds(capability: int) -> Iterator[Build]:
     for few in few_rows_table(chip):
         for forward in (True, False):
             plain = Build(capability, "few_rows", few, forward)
-            yield from (plain, replace(plain, eights=True), replace(plain, precision="split"))
+            yield plain
             yield replace(plain, masked=True, rank=64, precision="native" if forward else "split")
+            if forward:
+                yield replace(plain, precision="split")
+            if few == few_rows_table(chip)[0]:
+                yield replace(plain, eights=True)
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), rank=64)
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), masked=True, precision="split", rank=64)
     for masked, rank in ((False, 16), (True, 64)):
