@@ -15,7 +15,7 @@ from lora_kernels.backends import Activation, Member
 from lora_kernels.dispatch import BackendName, Choice, requested
 from lora_kernels.dispatch_group import GroupChoice, group_choice
 from lora_kernels.group import as_given, checked, member_of
-from lora_kernels.weights import Weight
+from lora_kernels.nf4 import NF4Weight
 
 _NAMES = ("gate", "up", "down")
 
@@ -126,7 +126,8 @@ def _checked(
     if hidden != up_hidden:
         raise ValueError(f"up: weight had N = {up_hidden}, but must have gate's N = {hidden}")
     # h has x's dtype. Its width is what the down projection's weight says, until that is known to be a matrix.
-    width = given[2].weight.shape[-1:] if isinstance(given[2].weight, Weight) else (hidden,)
+    # A tuple of classes, as torch.compile of PyTorch 2.8 takes no union.
+    width = given[2].weight.shape[-1:] if isinstance(given[2].weight, (Tensor, NF4Weight)) else (hidden,)
     h = x.new_empty(0, *width)
     _, own, choice = checked(h, given[2:], _NAMES[2:], dropout_p, training, backend)
     if _shape(own[0])[1] != hidden:

@@ -155,7 +155,9 @@ def checked(
             choices.append(choice)
     # Drawn when all is known to fit, in the order in which calls of lora_linear would draw.
     p = float(dropout_p) if training else 0.0
-    return x, [operand._replace(dropout=Dropout.draw(p, x.device)) for operand in operands], choices
+    # One by one: torch.compile of PyTorch 2.8 looks into neither _replace nor slices of named tuples.
+    masked = [Member(w, A, B, bias, scale, Dropout.draw(p, x.device)) for w, A, B, bias, scale, _ in operands]
+    return x, masked, choices
 
 
 def _checked_member(
