@@ -66,7 +66,7 @@ int sharers(const Launch& launch, int block_n, int most_units) {
   // What the mask takes is time that waiting for X does not leave.
   if (p.mask_x && p.dropout.seed != nullptr) return 0;
   const int tiles = launch.row_units * launch.column_tiles, spare = most_units - 1 - (tiles - 1) % most_units;
-  // Where half of the units or more had a tile less, S in the tiles was as fast or faster (docs/kernels.md).
+  // Between a quarter of the units with a tile less, where it was a gain, and a half, where it was none (docs/kernels.md).
   if (tiles > most_units && 5 * spare > 2 * most_units) return 0;
   const bool in_time = int64_t{launch.row_units} * launch.rank_chunks * 128 <= int64_t{spare} * block_n;
   return in_time ? spare : 0;

@@ -176,14 +176,15 @@ class Trained:
 
     def generate(self, prompts: Tensor, count: int) -> Tensor:
         """The prompts and so many tokens more, one after the other, the likeliest each."""
-        options = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
         with self._backend():
             found: Tensor = self.model.generate(  # type: ignore[operator]
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
                 max_new_tokens=count,
                 min_new_tokens=count,
-                **options,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
             )
         return found
 
