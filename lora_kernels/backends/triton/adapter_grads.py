@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.mask import keep_tile
+from lora_kernels.backends.triton.mask import masked_operand
 from lora_kernels.backends.triton.pieces import aligned, in_parts, sum_of_parts
 
 
@@ -20,24 +20,28 @@ from lora_kernels.backends.triton.pieces import aligned, in_parts, sum_of_parts
 def reduce_rows(wide_ptr, stride_wide, narrow_ptr, column0, r0, columns, R, M, first_row, last_row, mask_ptr,
                 BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, MASKED: tl.constexpr,
                 PRECISION: tl.constexpr, STAGES: tl.constexpr = None):  # fmt: skip
-    """sum over rows of mask(wide)[m, c] * narrow[m, r]: a float32 tile [BLOCK_C, BLOCK_R]."""
+    """sum over rows of mask(wide)[m, c] * narrow[m, r]: a float32 tile [BLOCK_C, BLOCK_R].
+
+    wide is loaded as the tile [BLOCK_C, BLOCK_M] that is multiplied (masked_operand says why).
+    """
     offs_c = column0 + tl.arange(0, BLOCK_C)
     offs_r = r0 + tl.arange(0, BLOCK_R)
     split: tl.constexpr = wide_ptr.dtype.element_ty != narrow_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     for m0 in tl.range(first_row, last_row, BLOCK_M, num_stages=STAGES):
         offs_m = m0 + tl.arange(0, BLOCK_M)
-        rows = offs_m.to(tl.int64)[:, None]
-        in_rows = (offs_m < last_row)[:, None]
-        wide = tl.load(wide_ptr + rows * stride_wide + offs_c[None, :], in_rows & (offs_c < columns)[None, :], other=0.0)
-        narrow = tl.load(narrow_ptr + rows * R + offs_r[None, :], in_rows & (offs_r < R)[None, :], other=0.0)
+        rows = offs_m.to(tl.int64)
+        in_rows = offs_m < last_row
+        wide = tl.load(wide_ptr + rows[None, :] * stride_wide + offs_c[:, None],
+                       in_rows[None, :] & (offs_c < columns)[:, None], other=0.0)  # fmt: skip
+        narrow = tl.load(narrow_ptr + rows[:, None] * R + offs_r[None, :], in_rows[:, None] & (offs_r < R)[None, :], other=0.0)
         if MASKED:
-            wide = tl.where(keep_tile(mask_ptr, m0, column0, last_row, columns, BLOCK_M, BLOCK_C), wide, 0.0)
+            wide = masked_operand(wide, mask_ptr, m0, column0, last_row, columns, BLOCK_M, BLOCK_C, TURNED=True)
         if split:
             # Added here, not in the tensor cores, whose long sums are truncated at each step.
-            acc += sum_of_parts(tl.dot(tl.trans(wide), in_parts(narrow, in_rows)), BLOCK_C, BLOCK_R)
+            acc += sum_of_parts(tl.dot(wide, in_parts(narrow, in_rows[:, None])), BLOCK_C, BLOCK_R)
         else:
-            acc = tl.dot(tl.trans(wide), narrow, acc, input_precision=PRECISION)
+            acc = tl.dot(wide, narrow, acc, input_precision=PRECISION)
     return acc
 
 

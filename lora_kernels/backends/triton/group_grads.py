@@ -13,25 +13,25 @@ import triton.language as tl
 
 from lora_kernels.backends.triton.adapter_grads import reduce_rows
 from lora_kernels.backends.triton.group_pieces import member_number, member_of
-from lora_kernels.backends.triton.mask import keep_tile
+from lora_kernels.backends.triton.mask import masked_operand
 from lora_kernels.backends.triton.pieces import in_parts, sum_of_parts
 
 
 @triton.jit
 def _add_rows(acc, x, t_ptr, mask_ptr, m0, column0, r0, K, R, last_row, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
               BLOCK_R: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """acc + mask_i(x)^T T_i for one step of M."""
+    """acc + mask_i(x)^T T_i for one step of M; x is [BLOCK_C, BLOCK_M]."""
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_r = r0 + tl.arange(0, BLOCK_R)
     in_rows = (offs_m < last_row)[:, None]
     t = tl.load(t_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], in_rows & (offs_r < R)[None, :], other=0.0)
     if MASKED:
-        x = tl.where(keep_tile(mask_ptr, m0, column0, last_row, K, BLOCK_M, BLOCK_C), x, 0.0)
+        x = masked_operand(x, mask_ptr, m0, column0, last_row, K, BLOCK_M, BLOCK_C, TURNED=True)
     if x.dtype != t.dtype:
         # Added here, not in the tensor cores, whose long sums are truncated at each step.
-        return acc + sum_of_parts(tl.dot(tl.trans(x), in_parts(t, in_rows)), BLOCK_C, BLOCK_R)
+        return acc + sum_of_parts(tl.dot(x, in_parts(t, in_rows)), BLOCK_C, BLOCK_R)
     else:
-        return tl.dot(tl.trans(x), t, acc, input_precision=PRECISION)
+        return tl.dot(x, t, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -81,8 +81,8 @@ def group_grads_kernel(
             offs_c = column0 + tl.arange(0, BLOCK_C)
             for m0 in tl.range(first_row, last_row, BLOCK_M):
                 offs_m = m0 + tl.arange(0, BLOCK_M)
-                x = tl.load(x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_c[None, :],
-                            (offs_m < last_row)[:, None] & (offs_c < K)[None, :], other=0.0)  # fmt: skip
+                x = tl.load(x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_c[:, None],
+                            (offs_m < last_row)[None, :] & (offs_c < K)[:, None], other=0.0)  # fmt: skip
                 acc0 = _add_rows(acc0, x, t0_ptr, mask0_ptr, m0, column0, r0, K, RA0, last_row, BLOCK_M, BLOCK_C,
                                  BLOCK_R, MASKED, PRECISION)  # fmt: skip
                 if A_COUNT > 1:

@@ -95,8 +95,43 @@ def keep_tile(bits_ptr, row0, column0, rows, columns, BLOCK_M: tl.constexpr, BLO
     return kept(bits, bit_places(), BLOCK_M, BLOCK_C)
 
 
+def _speaks_ptx(_semantic=None):
+    """Whether what is compiled is for CUDA: neither Triton's interpreter, which passes nothing, nor ROCm knows PTX."""
+    return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
+
+
+# What Triton calls while it compiles.
+_speaks_ptx.__triton_builtin__ = True  # type: ignore[attr-defined]
+
+
 @triton.jit
-def keep_operand(bits_ptr, row0, column0, rows, columns, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """keep_tile of a tile that is loaded, masked and multiplied, which so does not pass through shared memory twice."""
+def _where_negative(signs, x):
+    """x where `signs` is negative, and zero elsewhere.
+
+    Triton would unpack the pairs in which registers hold 16 bits, choose twice, and pack them again. Here the signs of both
+    become a mask of the register.
+    """
+    if _speaks_ptx() and x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 pair; prmt.b32 pair, $2, $3, 0xffbb; and.b32 $0, $1, pair; }", "=r,r,r,r", [x, signs],
+            dtype=x.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.where(signs < 0, x, 0.0)
+
+
+@triton.jit
+def masked_operand(x, bits_ptr, row0, column0, rows, columns, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+                   TURNED: tl.constexpr = False):  # fmt: skip
+    """mask(x) of a tile that is loaded, masked and multiplied, which so does not pass through shared memory twice.
+
+    TURNED: x is [BLOCK_C, BLOCK_M], and was loaded so. Loaded the other way and transposed behind the mask, it would pass
+    twice after all, or be kept in registers while it is under way.
+    """
     bits = load_bits(bits_ptr, row0, column0, rows, columns, BLOCK_M, BLOCK_C)
-    return kept(bits, anchored(bit_places(), bits_ptr + tl.arange(0, 32), rows < 0), BLOCK_M, BLOCK_C)
+    # Each element's bit becomes the sign of its word.
+    shifts = anchored(31 - bit_places(), bits_ptr + tl.arange(0, 32), rows < 0)
+    if TURNED:
+        return _where_negative(tl.reshape(tl.trans(bits)[:, None, :] << shifts[None, :, None], (BLOCK_C, BLOCK_M)), x)
+    else:
+        return _where_negative(tl.reshape(bits[:, :, None] << shifts[None, None, :], (BLOCK_M, BLOCK_C)), x)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.triton.mask import keep_operand
+from lora_kernels.backends.triton.mask import masked_operand
 from lora_kernels.backends.triton.masked_up import add_masked_up, between_masked
 from lora_kernels.backends.triton.pieces import (
     halves,
@@ -37,7 +37,7 @@ def add_down(x, down_ptr, stride_dk, stride_dr, k0, r0, K, R, s, row0, M, mask_p
     mask = (offs_k < K)[:, None] & (offs_r < R)[None, :]
     down = tl.load(down_ptr + offs_k[:, None].to(tl.int64) * stride_dk + offs_r[None, :] * stride_dr, mask, other=0.0)
     if MASK_X:
-        x = tl.where(keep_operand(mask_ptr, row0, k0, M, K, BLOCK_M, BLOCK_K), x, 0.0)
+        x = masked_operand(x, mask_ptr, row0, k0, M, K, BLOCK_M, BLOCK_K)
     if SPLIT:
         # Added here, not in the tensor cores, whose long sums are truncated at each step.
         return s + sum_of_parts(tl.dot(x, in_parts(down, (offs_k < K)[:, None])), BLOCK_M, BLOCK_R)
