@@ -22,7 +22,7 @@ MOST_STACK = {
     "one_pass": 608,
     "few_rows": 0,
     "backward": 608,
-    "group_forward": 440,
+    "group_forward": 448,
     "group_input": 552,
     "nf4_product": 344,
     "adapter_grads": 0,

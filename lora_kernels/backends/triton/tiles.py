@@ -169,7 +169,7 @@ def group_grad_tiles(chip: Chip, itemsize: int, sums: int, masked: bool) -> Grad
     if chip == INTERPRETER or not (masked or sums > 64):
         return tiles
     few_bytes = chip.shared_memory < 128 * 1024
-    return replace(tiles, block_m=32 if few_bytes else tiles.block_m, num_warps=8)
+    return replace(tiles, num_stages=3 if few_bytes else tiles.num_stages, num_warps=8)
 
 
 def share_out(
