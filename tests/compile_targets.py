@@ -43,6 +43,7 @@ def compile_one(build: Build) -> dict[str, Any]:
         "serialized": serialized,
         "reshaped": "memdesc_reshape" in compiled.asm["ttgir"],
         "moved": _moved(build, compiled.asm["ttgir"]),
+        "by_number": _by_number(build, compiled.asm),
         "pipelined": not build.aligned or compiled.metadata.shared >= _stages(build),
     }
 
@@ -86,6 +87,13 @@ def _moved(build: Build, ttgir: str) -> bool:
     tile = {f"{tiles.block_c}x{tiles.block_l}", f"{tiles.block_l}x{tiles.block_c}"}
     moves = rf"(?:convert_layout|local_alloc) %(?:codes|scales|w|operand)\w* : \(?tensor<({'|'.join(tile)})x"
     return re.search(moves, ttgir) is not None
+
+
+def _by_number(build: Build, asm: dict[str, Any]) -> int:
+    """How many loads there are of one 16-bit number, where all that is loaded is aligned. A bias is loaded so."""
+    if build.masked or build.eights or not build.aligned or ITEMSIZE[build.dtype] != 2:
+        return 0
+    return len(re.findall(r"ld\.global[.\w:]*\.b16\b", asm.get("ptx", "")))
 
 
 def _stages(build: Build) -> int:

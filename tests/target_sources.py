@@ -18,6 +18,7 @@ from lora_kernels.backends.triton.group_grads import group_grads_kernel
 from lora_kernels.backends.triton.group_input import group_input_kernel
 from lora_kernels.backends.triton.group_launch import MOST_MEMBERS
 from lora_kernels.backends.triton.group_operands import up_block
+from lora_kernels.backends.triton.launches import divisor
 from lora_kernels.backends.triton.mask import mask_kernel
 from lora_kernels.backends.triton.nf4 import dequantize_kernel
 from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
@@ -63,6 +64,9 @@ def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
     numbers = {"N", "K", "columns", "elements", "packed_bytes"}
     numbers |= {f"{letter}{i}" for letter in ("N", "R", "RA", "RB") for i in range(MOST_MEMBERS)}
     aligned = [n for n in names if signature[n].startswith("*") or n.startswith("stride") or n in numbers]
+    if build.rank % 16 != 0:
+        of_rank = {"stride_sm", *(("stride_un", "stride_uc") if build.forward else ("stride_dk", "stride_dl"))}
+        aligned = [n for n in aligned if not n.startswith("R") and n not in of_rank]
     if not build.aligned:
         # What is not aligned in these does not run on the fly.
         aligned = ["words_ptr", "x_ptr", "stride_xm", "K"] if build.kernel == "nf4_product" else []
@@ -100,6 +104,7 @@ def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "RANK_CHUNKS": -(-build.rank // block_r),
         "RANK_ALIGN": 8,
         "DOWN_ALIGN": 1 if build.forward else 8,
+        "UP_ALIGN": 8 if build.forward else 1,
         "ALONE": build.alone and build.precision != "split" and not (build.masked and build.forward),
         "SHARE_STAGES": share_stages(tiles, block_r),
         "W_IS_NK": build.forward != build.turned,
@@ -147,6 +152,7 @@ def _few_rows(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "EVEN_K": not build.masked,
         **dict.fromkeys(("K_ALIGN", "N_ALIGN", "X_ALIGN", "W_ALIGN", "RANK_ALIGN"), 8),
         "DOWN_ALIGN": 1 if build.forward else 8,
+        "UP_ALIGN": 8 if build.forward else 1,
         "MASK_X": build.masked and build.forward,
         "MASK_OUT": build.masked and not build.forward,
         "SPLIT": build.precision == "split",
@@ -220,6 +226,7 @@ def _group(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "BLOCK_R": block_r,
         "GROUP_M": tiles.group_m,
         "RANK_CHUNKS": chunks,
+        "RANK_ALIGN": divisor(build.rank),
         "W_IS_NK": build.forward != build.turned,
         "SPLIT": build.precision == "split",
         "PRECISION": "ieee" if build.ieee else "tf32",
@@ -260,6 +267,7 @@ def _group_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "B_COUNT": build.members,
         "BLOCK_M": tiles.block_m,
         "BLOCK_C": tiles.block_c,
+        "RANK_ALIGN": divisor(build.rank),
         "BLOCK_R": rank_block(build.rank, build.precision),
         "MASKED": build.masked,
         "PRECISION": "ieee" if build.ieee else "tf32",
@@ -303,6 +311,9 @@ def _nf4_product(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "BLOCK_L": tiles.block_l,
         "BLOCK_R": block_r,
         "RANK_CHUNKS": -(-build.rank // block_r),
+        "RANK_ALIGN": divisor(build.rank),
+        "DOWN_ALIGN": 1 if build.forward else divisor(build.rank),
+        "UP_ALIGN": divisor(build.rank) if build.forward else 1,
         "FORWARD": build.forward,
         "EVEN_L": build.aligned,
         "EVEN_K": build.aligned,

@@ -56,4 +56,5 @@ def test_every_configuration_fits(capability: int) -> None:
         # Seen on an H100: products of reshaped shared memory that reach outside of it.
         assert not result["reshaped"], f"{name} multiplies shared memory that the compiler reshaped"
         assert not result["moved"], f"{name} moves decoded weights through shared memory"
+        assert result["by_number"] == 0, f"{name} has {result['by_number']} loads of a number each"
         assert result["pipelined"], f"{name}: its main loop is not pipelined, shared memory is {result['shared']}"

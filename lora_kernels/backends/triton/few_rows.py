@@ -51,8 +51,8 @@ def few_rows_kernel(
     scale, M, N, K, R, s_parts, parts, stride_xm, stride_w, stride_dk, stride_dr, stride_ur, stride_un,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr,
     W_IS_NK: tl.constexpr, EVEN_K: tl.constexpr, K_ALIGN: tl.constexpr, N_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
-    W_ALIGN: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
-    SPLIT: tl.constexpr,
+    W_ALIGN: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, UP_ALIGN: tl.constexpr, MASK_X: tl.constexpr,
+    MASK_OUT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The module's docstring says what it computes, by_parts.py what the programs do and why it ends.
 
@@ -64,6 +64,8 @@ def few_rows_kernel(
     stride_xm, stride_w = aligned(stride_xm, X_ALIGN), aligned(stride_w, W_ALIGN)
     if DOWN_ALIGN > 1:
         stride_dk = aligned(stride_dk, DOWN_ALIGN)
+    if UP_ALIGN > 1:
+        stride_un = aligned(stride_un, UP_ALIGN)
     row_tiles = tl.cdiv(M, BLOCK_M)
     of_s = row_tiles * s_parts * RANK_CHUNKS
     ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")

@@ -52,6 +52,7 @@ def plan_few_rows(
         "W_ALIGN": divisor(stride_w),
         "RANK_ALIGN": divisor(R),
         "DOWN_ALIGN": divisor(down.stride(0)),
+        "UP_ALIGN": divisor(up.stride(1)),
         "MASK_X": masked and mask_left,
         "MASK_OUT": masked and not mask_left,
         "SPLIT": precision == "split",

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.backends.triton.group_pieces import member_number, member_of, member_ref
-from lora_kernels.backends.triton.pieces import load_tile
+from lora_kernels.backends.triton.pieces import aligned, load_tile
 from lora_kernels.backends.triton.sharing import (
     add_down,
     finish_tile,
@@ -36,17 +36,18 @@ def group_forward_kernel(
     scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts, shares, x_stays,
     stride_xm, stride_w0, stride_w1, stride_w2,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr,
+    GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr,
     HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """x_ref [M, K], each w_ref ([N_i, K] if W_IS_NK, else [K, N_i]) and out_ref [M, N_i] are TMA descriptors if USE_TMA,
     else pointers; down is lora_A, up is lora_B, and these, s [M, R_i] and out are contiguous. With two members, what is
-    the third's is None or 0. x_stays: whether L2 holds x.
+    the third's is None or 0. x_stays: whether L2 holds x. RANK_ALIGN divides each R_i, as in all_tiles of one_pass.py.
 
     sync_ptr holds, all zero: the count of finished programs, and for each member a count of complete chunks of its S,
     the same for each row block, and a count of parts for each row block and chunk.
     """
+    R0, R1, R2 = aligned(R0, RANK_ALIGN), aligned(R1, RANK_ALIGN), aligned(R2, RANK_ALIGN)
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     row_tiles = tl.cdiv(M, BLOCK_M)

@@ -14,7 +14,7 @@ import triton.language as tl
 from lora_kernels.backends.triton.adapter_grads import reduce_rows
 from lora_kernels.backends.triton.group_pieces import member_number, member_of
 from lora_kernels.backends.triton.mask import masked_operand
-from lora_kernels.backends.triton.pieces import in_parts, sum_of_parts
+from lora_kernels.backends.triton.pieces import aligned, in_parts, sum_of_parts
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def group_grads_kernel(
     dB0_ptr, dB1_ptr, dB2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, workspace_ptr, sync_ptr, M, K, N0, N1, N2,
     RA0, RA1, RA2, RB0, RB1, RB2, stride_xm, stride_dy0, stride_dy1, stride_dy2, rows_per_part, parts,
     A_COUNT: tl.constexpr, B_COUNT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    RANK_ALIGN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x [M, K]; t_i [M, RA_i] of the A_COUNT members whose dA is wanted, dy_i [M, N_i] and s_i [M, RB_i] of the B_COUNT
     whose dB is, all contiguous but x and the dys, whose rows are; dA_i [RA_i, K] and dB_i [N_i, RB_i] contiguous.
@@ -65,6 +65,8 @@ def group_grads_kernel(
     The grid is (column blocks of x and then of each dy, parts of M, chunks of the largest rank); sync_ptr holds a zero
     for each column block and chunk.
     """
+    RA0, RA1, RA2 = aligned(RA0, RANK_ALIGN), aligned(RA1, RANK_ALIGN), aligned(RA2, RANK_ALIGN)
+    RB0, RB1, RB2 = aligned(RB0, RANK_ALIGN), aligned(RB1, RANK_ALIGN), aligned(RB2, RANK_ALIGN)
     block, part, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row = part * rows_per_part
     last_row = tl.minimum(first_row + rows_per_part, M)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from lora_kernels.backends.triton.group_pieces import member_number, member_of, member_ref
 from lora_kernels.backends.triton.masked_up import add_masked_up
-from lora_kernels.backends.triton.pieces import halves, load_s, load_tile, store_tile
+from lora_kernels.backends.triton.pieces import aligned, halves, load_s, load_tile, store_tile
 from lora_kernels.backends.triton.sharing import (
     add_down,
     add_up,
@@ -51,9 +51,8 @@ def _multiply_step(acc, step, row0, column0, dy0_ref, dy1_ref, dy2_ref, w0_ref, 
 @triton.jit
 def _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr, t0_ptr, t1_ptr, t2_ptr, scale0, scale1,
                    scale2, M, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2,
-                   MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-                   RANK_CHUNKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-                   USE_TMA: tl.constexpr):  # fmt: skip
+                   MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+                   PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
     """Every member's T of a row block, computed and stored here."""
     for member in tl.range(0, MEMBERS, num_stages=1):
         N = member_number(member, N0, N1, N2, MEMBERS)
@@ -63,8 +62,8 @@ def _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2
                   member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), None,
                   member_number(member, scale0, scale1, scale2, MEMBERS), M, N, R, tl.cdiv(N, BLOCK_K),
                   member_number(member, k_parts0, k_parts1, k_parts2, MEMBERS),
-                  member_number(member, stride_dy0, stride_dy1, stride_dy2, MEMBERS), R, 1, R, BLOCK_M, BLOCK_K, BLOCK_R,
-                  RANK_CHUNKS, False, SPLIT, PRECISION, USE_TMA)  # fmt: skip
+                  member_number(member, stride_dy0, stride_dy1, stride_dy2, MEMBERS), R, 1, R, BLOCK_M, BLOCK_K, False,
+                  SPLIT, PRECISION, USE_TMA)  # fmt: skip
 
 
 @triton.jit
@@ -85,7 +84,9 @@ def _add_all_up(acc, stored, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t
     for index in tl.range(0, times, num_stages=1):
         if BLOCK_U <= SLOT:
             # Of one member.
-            member, r0 = index * BLOCK_U // SLOT, index * BLOCK_U % SLOT
+            # Written so that a multiple of BLOCK_U can be seen in r0: T would be loaded number by number.
+            PIECES: tl.constexpr = SLOT // BLOCK_U
+            member, r0 = index // PIECES, index % PIECES * BLOCK_U
             R = member_number(member, R0, R1, R2, MEMBERS)
             t = load_s(stored, member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), R, row0, r0, M, R, BLOCK_M, BLOCK_U)
             acc = add_up(acc, t, member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS), K, 1, r0, column0, R, K, DTYPE,
@@ -138,8 +139,7 @@ def _finish_dx_tile(
         if not stored:
             _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr, t0_ptr, t1_ptr, t2_ptr, scale0,
                            scale1, scale2, M, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, stride_dy0, stride_dy1,
-                           stride_dy2, MEMBERS, BLOCK_M, BLOCK_K, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION,
-                           USE_TMA)  # fmt: skip
+                           stride_dy2, MEMBERS, BLOCK_M, BLOCK_K, SPLIT, PRECISION, USE_TMA)  # fmt: skip
             # The threads must meet between the stores and the loads of T: finish_tile says why by an atomic.
             stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
         all_stored = tl.atomic_add(total_ptr, 0, sem="acquire") == tl.cdiv(M, BLOCK_M) * CHUNKS
@@ -167,8 +167,8 @@ def group_input_kernel(
     M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, shares, dy_stays,
     stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_U: tl.constexpr, GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_U: tl.constexpr, GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, W_IS_NK: tl.constexpr,
+    MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out_ref [M, K], each dy_ref [M, N_i] and w_ref ([K, N_i] if W_IS_NK, else [N_i, K]) are TMA descriptors if USE_TMA,
     else pointers; down is lora_B, up is lora_A, and these, t [M, R_i] and out are contiguous. With two members, what is
@@ -178,6 +178,7 @@ def group_input_kernel(
     sync_ptr holds, all zero: the count of finished programs, that of complete chunks of T, the same for each row
     block, and a count of parts for each row block and chunk.
     """
+    R0, R1, R2 = aligned(R0, RANK_ALIGN), aligned(R1, RANK_ALIGN), aligned(R2, RANK_ALIGN)
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     row_tiles = tl.cdiv(M, BLOCK_M)

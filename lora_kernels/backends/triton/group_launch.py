@@ -27,7 +27,7 @@ from lora_kernels.backends.triton.group_operands import (
     up_block,
 )
 from lora_kernels.backends.triton.launch import SPIN_LIMIT, TYPES, dot_precision, fits_tma
-from lora_kernels.backends.triton.launches import Launch, alignment, remember
+from lora_kernels.backends.triton.launches import Launch, alignment, divisor, remember
 from lora_kernels.backends.triton.tiles import (
     GradTiles,
     OnePassTiles,
@@ -91,7 +91,7 @@ def forward(
             spin_limit if plan.shares else 0, M, K, *_three(Ns, 0), *_three(ranks, 0), plan.k_parts[0],
             plan.shares, int(plan.left_stays), x.stride(0), *_three([w.stride(0) for w in weights.stored], 0),
         )  # fmt: skip
-        options = _options(plan, len(members), x.dtype, precision) | {
+        options = _options(plan, ranks, x.dtype, precision) | {
             "W_IS_NK": weights.by_rows,
             "MASK_X": masked,
             "HAS_BIAS": biases[0] is not None,
@@ -157,7 +157,7 @@ def backward_input(
             *_three(plan.k_parts, 0), plan.shares, int(plan.left_stays), *_three([dy.stride(0) for dy in dys], 0),
             *_three([w.stride(0) for w in weights.stored], 0),
         )  # fmt: skip
-        options = _options(plan, len(members), first.dtype, precision) | {
+        options = _options(plan, ranks, first.dtype, precision) | {
             "W_IS_NK": not weights.by_rows,
             "MASKED": masked,
             "BLOCK_U": up_block(plan.rank_block * plan.rank_chunks * len(members), precision),
@@ -244,6 +244,7 @@ def backward_adapters(
             "BLOCK_M": chosen.block_m,
             "BLOCK_C": chosen.block_c,
             "BLOCK_R": block_r,
+            "RANK_ALIGN": divisor(*[t.shape[1] for t in narrow]),
             "MASKED": masked,
             "PRECISION": dot_precision(dys[0].dtype),
             "num_warps": chosen.num_warps,
@@ -266,16 +267,17 @@ def refuses(problems: Sequence[Problem]) -> str | None:
     return None
 
 
-def _options(plan: GroupPlan, count: int, dtype: torch.dtype, precision: Precision) -> dict[str, Any]:
+def _options(plan: GroupPlan, ranks: Sequence[int], dtype: torch.dtype, precision: Precision) -> dict[str, Any]:
     tiles = plan.tiles
     return {
-        "MEMBERS": count,
+        "MEMBERS": len(ranks),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "BLOCK_R": plan.rank_block,
         "GROUP_M": tiles.group_m,
         "RANK_CHUNKS": plan.rank_chunks,
+        "RANK_ALIGN": divisor(*ranks),
         "SPLIT": precision == "split",
         "PRECISION": dot_precision(dtype),
         "USE_TMA": tiles.use_tma,

@@ -269,6 +269,7 @@ def settle(
         "RANK_CHUNKS": plan.rank_chunks,
         "RANK_ALIGN": divisor(R),
         "DOWN_ALIGN": divisor(down.stride(0)),
+        "UP_ALIGN": divisor(up.stride(1)),
         "ALONE": plan.sharers > 0,
         "SHARE_STAGES": share_stages(tiles, plan.rank_block),
         "W_IS_NK": w_is_nk,

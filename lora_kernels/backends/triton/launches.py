@@ -146,9 +146,9 @@ def alignment(*tensors: Tensor | None) -> int:
     return bits
 
 
-def divisor(number: int) -> int:
-    """What divides a number, 8 at most: of 16-bit numbers as many as one load takes. Triton itself asks only about 16."""
-    return math.gcd(8, number)
+def divisor(*numbers: int) -> int:
+    """What divides all numbers, 8 at most: of 16-bit ones as many as one load takes. Triton itself asks only about 16."""
+    return math.gcd(8, *numbers)
 
 
 def _described(arguments: tuple[Any, ...], blocks: tuple[tuple[int, int], ...] | None) -> tuple[Any, ...]:

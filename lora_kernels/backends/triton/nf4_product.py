@@ -22,7 +22,7 @@ import triton.language as tl
 
 from lora_kernels.backends.triton.by_parts import hand_over, part_of_s, tile_of
 from lora_kernels.backends.triton.nf4 import code_shifts, decode_codes, lane_table, load_scales
-from lora_kernels.backends.triton.pieces import anchored
+from lora_kernels.backends.triton.pieces import aligned, anchored
 from lora_kernels.backends.triton.sharing import part_bounds
 
 
@@ -85,13 +85,19 @@ def nf4_product_kernel(
     workspace_ptr, sync_ptr, mask_ptr, scale_ptr, scale, M, N, K, R, s_parts, parts,
     stride_xm, stride_dl, stride_dr, stride_ur, stride_uc,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, FORWARD: tl.constexpr, EVEN_L: tl.constexpr, EVEN_K: tl.constexpr, MASKED: tl.constexpr,
-    SPLIT: tl.constexpr, SHUFFLE: tl.constexpr,
+    RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, UP_ALIGN: tl.constexpr, BLOCK_SIZE: tl.constexpr, FORWARD: tl.constexpr,
+    EVEN_L: tl.constexpr, EVEN_K: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, SHUFFLE: tl.constexpr,
 ):  # fmt: skip
     """The module's docstring says what it computes, by_parts.py what the programs do and why it ends.
 
-    x_ptr [M, L], words_ptr int32 [N K / 8], out_ptr [M, C], s_ptr [M, R].
+    x_ptr [M, L], words_ptr int32 [N K / 8], out_ptr [M, C], s_ptr [M, R]. RANK_ALIGN divides R, DOWN_ALIGN stride_dl,
+    UP_ALIGN stride_uc: few_rows.py says why.
     """
+    R = aligned(R, RANK_ALIGN)
+    if DOWN_ALIGN > 1:
+        stride_dl = aligned(stride_dl, DOWN_ALIGN)
+    if UP_ALIGN > 1:
+        stride_uc = aligned(stride_uc, UP_ALIGN)
     C = N if FORWARD else K
     L = K if FORWARD else N
     row_tiles = tl.cdiv(M, BLOCK_M)

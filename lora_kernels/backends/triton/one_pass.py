@@ -53,15 +53,16 @@ def all_tiles(
     scale, spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays,
     stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, ALONE: tl.constexpr,
-    SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
+    GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, UP_ALIGN: tl.constexpr,
+    ALONE: tl.constexpr, SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """This program's tiles of out, and its shares of S. The module's docstring says what that is and why it ends.
 
     x_ref [M, K], w_ref ([N, K] if W_IS_NK, else [K, N]) and out_ref [M, N] are TMA descriptors if USE_TMA, else
-    pointers. x_stays: whether L2 holds X. RANK_ALIGN divides R, DOWN_ALIGN stride_dk: Triton itself asks only whether 16
-    does, and loads of D would wait for each other at rank 8. sync_ptr holds, all zero: the count of finished programs,
+    pointers. x_stays: whether L2 holds X. RANK_ALIGN divides R, DOWN_ALIGN stride_dk, UP_ALIGN stride_un: Triton itself asks
+    only whether 16 does, and loads of D and U would be of one number each at rank 8. sync_ptr holds, all zero: the count of finished programs,
     that of complete chunks of S, the same for each row block, and a count of parts for each row block and chunk.
     """
     pid = tl.program_id(0)
@@ -78,6 +79,8 @@ def all_tiles(
     stride_sm = aligned(stride_sm, RANK_ALIGN)
     if DOWN_ALIGN > 1:
         stride_dk = aligned(stride_dk, DOWN_ALIGN)
+    if UP_ALIGN > 1:
+        stride_un = aligned(stride_un, UP_ALIGN)
 
     # Shares of S: of the programs with the fewest tiles, or with the first tiles.
     shared_tiles = row_tiles * shares
@@ -183,15 +186,16 @@ def one_pass_kernel(
     scale, spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays,
     stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, ALONE: tl.constexpr,
-    SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
+    GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, UP_ALIGN: tl.constexpr,
+    ALONE: tl.constexpr, SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """The module's docstring says what it computes, all_tiles what the arguments are."""
     all_tiles(x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr, scale,
               spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays, stride_xm, stride_w, stride_om, stride_dk,
               stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN,
-              DOWN_ALIGN, ALONE, SHARE_STAGES, W_IS_NK, MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
+              DOWN_ALIGN, UP_ALIGN, ALONE, SHARE_STAGES, W_IS_NK, MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
     tl.debug_barrier()
     if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         put_back(sync_ptr, counters_of_tiles(M, BLOCK_M, RANK_CHUNKS))

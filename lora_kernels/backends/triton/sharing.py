@@ -144,17 +144,19 @@ def add_up(acc, s, up_ptr, stride_ur, stride_un, r0, n0, R, N, dtype: tl.constex
 @triton.jit
 def compute_s(pid_m, x_ref, down_ptr, s_ptr, mask_ptr, scale, M, K, R, k_tiles, k_parts,
               stride_xm, stride_dk, stride_dr, stride_sm, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-              BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, SPLIT: tl.constexpr,
-              PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
-    """The row block's S, computed and stored here, for a tile that cannot have it from others."""
-    for chunk in tl.range(0, RANK_CHUNKS, num_stages=1):
-        s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+              MASK_X: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+    """The row block's S, computed and stored here, for a tile that cannot have it from others.
+
+    Narrow pieces give the bits of wide ones, and leave the main loop around this the registers: it spilled beside 64 columns.
+    """
+    PIECE: tl.constexpr = 16
+    for r0 in tl.range(0, R, PIECE, num_stages=1):
+        s = tl.zeros((BLOCK_M, PIECE), tl.float32)
         for part in tl.range(0, k_parts, num_stages=1):
             first, last = part_bounds(part, k_parts, k_tiles)
-            s += compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, pid_m * BLOCK_M, chunk * BLOCK_R,
-                               first, last, M, K, R, mask_ptr, BLOCK_M, BLOCK_K, BLOCK_R, MASK_X, SPLIT,
-                               PRECISION, USE_TMA, 1)  # fmt: skip
-        address, mask = s_addresses(s_ptr, stride_sm, pid_m * BLOCK_M, chunk * BLOCK_R, M, R, BLOCK_M, BLOCK_R)
+            s += compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, pid_m * BLOCK_M, r0, first, last, M, K, R,
+                               mask_ptr, BLOCK_M, BLOCK_K, PIECE, MASK_X, SPLIT, PRECISION, USE_TMA, 1)  # fmt: skip
+        address, mask = s_addresses(s_ptr, stride_sm, pid_m * BLOCK_M, r0, M, R, BLOCK_M, PIECE)
         tl.store(address, (s * scale).to(s_ptr.dtype.element_ty), mask)
 
 
@@ -181,8 +183,7 @@ def finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr,
         stored = all_ready(ready_ptr + pid_m, RANK_CHUNKS, spin_limit)
         if not stored:
             compute_s(pid_m, x_ref, down_ptr, s_ptr, mask_ptr, scale, M, K, R, k_tiles, k_parts, stride_xm,
-                      stride_dk, stride_dr, stride_sm, BLOCK_M, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, SPLIT, PRECISION,
-                      USE_TMA)  # fmt: skip
+                      stride_dk, stride_dr, stride_sm, BLOCK_M, BLOCK_K, MASK_X, SPLIT, PRECISION, USE_TMA)  # fmt: skip
             # The threads must meet between the stores and the loads of S. The result of an atomic reaches all of them
             # through such a meeting, and always is what is asked here; a bare barrier would keep the compiler from
             # pipelining the loop around it.
