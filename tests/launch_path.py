@@ -89,7 +89,7 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
     chip = Chip((9, 0), 132, 232448, True)
     for module, name, value in (
         # Or all that is small would be few rows: fixture few_rows.
-        (tiles_module, "_HOPPER_FEW_ROWS", ()),
+        (tiles_module, "MOST_FEW_ROWS", 0),
         (mask_launch, "mask_kernel", driver.mask),
         (mask_launch, "_launches", {}),
         (launch, "one_pass_kernel", driver.one_pass),
@@ -139,7 +139,7 @@ def few_rows(path: LaunchPath, monkeypatch: pytest.MonkeyPatch) -> LaunchPath:
     """The launch path, where up to 16 rows take the kernel that is theirs on Hopper."""
     from lora_kernels.backends.triton import tiles
 
-    monkeypatch.setattr(tiles, "_HOPPER_FEW_ROWS", (tiles.FewRowsTiles(16, 64, 128, 4, 4),))
+    monkeypatch.setattr(tiles, "MOST_FEW_ROWS", 16)
     return path
 
 

@@ -13,16 +13,20 @@ from lora_kernels import NF4Weight, lora_gated_mlp, lora_linear, lora_linear_gro
 from lora_kernels.backends import cuda
 
 CASES = [
-    Case(200, 192, 136, 16, torch.bfloat16),
-    Case(200, 192, 136, 16, torch.bfloat16, dropout=0.3, bias=True),
-    Case(200, 192, 136, 40, torch.bfloat16, dropout=0.3),
-    Case(200, 192, 136, 16, torch.bfloat16, transposed_weight=True),
+    Case(300, 192, 136, 16, torch.bfloat16),
+    Case(300, 192, 136, 16, torch.bfloat16, dropout=0.3, bias=True),
+    Case(300, 192, 136, 40, torch.bfloat16, dropout=0.3),
+    Case(300, 192, 136, 16, torch.bfloat16, transposed_weight=True),
+    Case(300, 128, 72, 24, torch.bfloat16, adapter_dtype=torch.float32),
     Case(130, 100, 70, 80, torch.float16, dropout=0.3),
     Case(130, 128, 72, 24, torch.bfloat16, adapter_dtype=torch.float32),
     # So few rows that they have a kernel of their own on Hopper.
     Case(5, 192, 136, 16, torch.bfloat16, bias=True),
     Case(20, 200, 136, 16, torch.bfloat16, adapter_dtype=torch.float32, dropout=0.3),
     Case(40, 192, 72, 70, torch.bfloat16, dropout=0.3, transposed_weight=True),
+    Case(100, 192, 136, 16, torch.bfloat16, dropout=0.3),
+    Case(200, 192, 136, 40, torch.bfloat16, transposed_weight=True),
+    Case(200, 2728, 1032, 16, torch.bfloat16, bias=True),
     # Sizes of which none is even: other loads are compiled for them.
     Case(17, 63, 3, 9, torch.bfloat16, adapter_dtype=torch.float32, dropout=0.3),
     Case(65, 33, 20, 3, torch.float32),

@@ -93,7 +93,8 @@ from lora_kernels import lora_linear
 
 def step(backend):
     torch.manual_seed(0)
-    shapes = [(200, 128), (96, 128), (16, 128), (96, 16)]
+    # More than few rows.
+    shapes = [(600, 128), (96, 128), (16, 128), (96, 16)]
     x, weight, lora_A, lora_B = [torch.randn(s, device="cuda", dtype=torch.bfloat16) / 8 for s in shapes]
     leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
     y = lora_linear(x, weight, lora_A, lora_B, scaling=0.5, dropout_p=0.3, backend=backend)

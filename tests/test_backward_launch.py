@@ -62,7 +62,7 @@ def one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("there was a second launch")
 
     monkeypatch.setattr(backward_launch, "is_for_one_launch", lambda device, rank: True)
-    monkeypatch.setattr(backward_launch, "tiles_for_few_rows", lambda dy, weight: None)
+    monkeypatch.setattr(backward_launch, "tiles_for_few_rows", lambda *arguments: None)
     monkeypatch.setattr(backward_launch, "adapter_grads", refused)
 
 

@@ -12,13 +12,13 @@ from tolerance import assert_as_exact_as_peft, peft_sequence
 from torch import Tensor
 
 from lora_kernels import lora_linear
-from lora_kernels.backends import Precision
+from lora_kernels.backends import Precision, Problem
 from lora_kernels.dropout import Dropout, inverse_keep, keep_mask
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from lora_kernels.backends import sync
-from lora_kernels.backends.triton import launch, launches, single
+from lora_kernels.backends import sync, triton
+from lora_kernels.backends.triton import backward_launch, launch, launches, single
 from lora_kernels.backends.triton.tiles import (
     Chip,
     FewRowsTiles,
@@ -31,7 +31,11 @@ from lora_kernels.backends.triton.tiles import (
 HOPPER = Chip((9, 0), 132, 232448, True)
 HALF = torch.bfloat16 if HAS_GPU else torch.float16
 # What the shipped ones are on Hopper; elsewhere the kernel is right as well, though nobody is given it.
-TILES = few_rows_table(HOPPER) if HAS_GPU else (FewRowsTiles(16, 32, 64, 4, 2), FewRowsTiles(32, 64, 32, 4, 2))
+TILES = (
+    few_rows_table(HOPPER)
+    if HAS_GPU
+    else (FewRowsTiles(16, 32, 64, 4, 2), FewRowsTiles(32, 64, 32, 4, 2), FewRowsTiles(128, 32, 64, 4, 2))
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,9 @@ CASES = [
     FewRowsCase(Case(40, 330, 96, 16, HALF, transposed_weight=True, strided_x=True), 9),
     FewRowsCase(Case(63, 130, 72, 100, HALF, dropout=0.5, bias=True), 132),
     FewRowsCase(Case(5, 48, 40, 8, HALF, dropout=1.0), 2),
+    FewRowsCase(Case(65, 300, 130, 8, HALF, bias=True), 8),
+    FewRowsCase(Case(100, 192, 200, 24, HALF, dropout=0.3, transposed_weight=True), 132),
+    FewRowsCase(Case(129, 500, 72, 16, HALF, dropout=0.1), 6),
 ]
 if not HAS_GPU:
     CASES.append(FewRowsCase(Case(33, 256, 80, 12, torch.float32, dropout=0.1), 6))
@@ -65,6 +72,12 @@ else:
         FewRowsCase(Case(17, 500, 2000, 8, HALF, torch.float32, dropout=0.3), 132),
         FewRowsCase(Case(3, 17, 63, 3, HALF, torch.float32), 132),
         FewRowsCase(Case(50, 2048, 1024, 32, torch.float16, dropout=0.3), 132),
+        FewRowsCase(Case(128, 4096, 1024, 16, HALF, strided_x=True), 132),
+        FewRowsCase(Case(200, 1000, 2000, 64, HALF, dropout=0.1, bias=True), 132),
+        FewRowsCase(Case(200, 520, 264, 40, HALF, torch.float32, dropout=0.3), 132),
+        FewRowsCase(Case(65, 14336, 4096, 16, HALF), 132),
+        FewRowsCase(Case(256, 14336, 4096, 16, HALF), 132),
+        FewRowsCase(Case(129, 2728, 1032, 64, HALF, dropout=0.3, transposed_weight=True), 132),
     ]
 
 
@@ -110,42 +123,89 @@ def test_as_exact_as_peft_and_the_same_bits_again(few: FewRowsCase, tiles: FewRo
 
 
 def test_parts_give_the_programs_work() -> None:
-    assert few_rows_parts(132, 64, 112) == 2
-    assert few_rows_parts(132, 224, 32) == 1
-    assert few_rows_parts(132, 16, 32) == 8
-    assert few_rows_parts(132, 1, 1000) == 16
-    assert few_rows_parts(132, 1, 5) == 2
-    assert few_rows_parts(132, 1, 1) == 1
+    least, _, narrow, wide = few_rows_table(HOPPER)
+    for tiles, M, C, L, parts in (
+        # S goes beside.
+        (least, 1, 4096, 14336, (2, 8)),
+        (narrow, 64, 14336, 4096, (1, 8)),
+        (narrow, 64, 1024, 4096, (8, 8)),
+        (least, 1, 64, 128000, (16, 8)),
+        (least, 1, 64, 640, (2, 1)),
+        (least, 1, 64, 1, (1, 1)),
+        # S has places of its own, and as many parts as a tile. These were measured to be best.
+        (narrow, 65, 1024, 4096, (3, 8)),
+        (narrow, 192, 1024, 4096, (2, 8)),
+        (wide, 65, 4096, 14336, (2, 4)),
+        (wide, 128, 4096, 14336, (2, 4)),
+        (wide, 129, 4096, 4096, (1, 2)),
+        (wide, 256, 4096, 14336, (1, 2)),
+        (wide, 256, 14336, 4096, (1, 1)),
+    ):
+        assert few_rows_parts(132, tiles, M, C, L) == parts, (tiles, M, C, L)
 
 
-def test_a_configuration_holds_all_rows_or_there_is_none() -> None:
-    largest = few_rows_table(HOPPER)[-1].block_m
-    for M in range(1, largest + 1):
-        tiles = few_rows_tiles(HOPPER, M)
+def test_a_configuration_holds_all_rows_of_a_block() -> None:
+    for M in range(1, 65):
+        tiles = few_rows_tiles(HOPPER, M, 14336, 64, 512, "split")
         assert tiles is not None
         assert M <= tiles.block_m < max(17, 2 * M)
-    assert few_rows_tiles(HOPPER, largest + 1) is None
-    assert few_rows_tiles(Chip((8, 0), 108, 166912, False), 1) is None
+    assert few_rows_tiles(Chip((8, 0), 108, 166912, False), 1, 4096, 4096, 8, "native") is None
+
+
+def test_more_rows_take_it_where_there_are_few_tiles() -> None:
+    def chosen(M: int, L: int, C: int, R: int = 16, precision: Precision = "native") -> FewRowsTiles | None:
+        return few_rows_tiles(HOPPER, M, C, L, R, precision)
+
+    *_, narrow, wide = few_rows_table(HOPPER)
+    for M in (65, 128, 129, 256):
+        assert chosen(M, 14336, 4096) == wide
+        assert chosen(M, 4096, 14336) is None
+        assert chosen(M, 4096, 4096) == (wide if M > 128 else None)
+        assert chosen(M, 4096, 1024) == (wide if M == 256 else narrow)
+        assert chosen(M, 1024, 4096) is None
+    assert chosen(257, 14336, 4096) is chosen(257, 4096, 64) is None
+    assert chosen(256, 14336, 4096, 64) == wide
+    assert chosen(100, 14336, 4096, 65) is chosen(100, 4096, 64, 17, "split") is None
+    # A wave without a place for S is none.
+    assert chosen(128, 14336, 131 * 64) == wide
+    assert chosen(128, 14336, 132 * 64) is None
+
+
+def test_explain_says_which_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (triton, backward_launch):
+        monkeypatch.setattr(module, "chip_of", lambda device: HOPPER)
+
+    def described(K: int, N: int) -> str:
+        text = triton.BACKEND.describe(Problem.of(torch.device("cuda"), torch.bfloat16, "native", K, N, 16))
+        assert text is not None
+        return text
+
+    assert "; another kernel for y of 1 to 64 and 129 to 256 rows and for dx of 1 to 64 and 129 to 256, " in described(
+        4096, 4096
+    )
+    assert "; another kernel for y of 1 to 64 rows and for dx of 1 to 256, " in described(4096, 14336)
+    assert "another kernel" not in described(4096, 14338)
 
 
 def test_what_tma_cannot_read_is_the_one_pass_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "chip_of", lambda device: HOPPER)
     x, weight = torch.zeros(3, 80, dtype=HALF, device=device), torch.zeros(40, 80, dtype=HALF, device=device)
-    assert launch.tiles_for_few_rows(x, weight.T) is not None
-    assert launch.tiles_for_few_rows(x[:, :40], weight) is not None
+    assert launch.tiles_for_few_rows(x, weight.T, 8, "native") is not None
+    assert launch.tiles_for_few_rows(x[:, :40], weight, 8, "native") is not None
     for left, right in (
         (x.float(), weight.float().T),
         (x[:, 1:41], weight),
         (x, weight[:39].T),
-        (torch.zeros(65, 80, dtype=HALF, device=device), weight.T),
+        (torch.zeros(257, 80, dtype=HALF, device=device), weight.T),
     ):
-        assert launch.tiles_for_few_rows(left, right) is None
+        assert launch.tiles_for_few_rows(left, right, 8, "native") is None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65])
-def test_a_call_of_few_rows_takes_it_on_hopper(rows: int, device: torch.device) -> None:
-    t, chip = Case(rows, 512, 256, 8, torch.bfloat16).tensors(device), chip_of(device)
+@pytest.mark.parametrize(("K", "N"), [(512, 256), (8192, 2176)], ids=["narrow", "wide"])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128, 129, 256, 257])
+def test_a_call_of_few_rows_takes_it_on_hopper(rows: int, K: int, N: int, device: torch.device) -> None:
+    t, chip = Case(rows, K, N, 8, torch.bfloat16).tensors(device), chip_of(device)
     with launches.noting() as made:
         _, s = single.forward(t.x, t.weight, t.lora_A, t.lora_B, None, 2.0, None, "native", True)
     with launches.noting() as made_backward:
@@ -155,11 +215,13 @@ def test_a_call_of_few_rows_takes_it_on_hopper(rows: int, device: torch.device) 
     def kernels(made: list[launches.Launch]) -> list[str]:
         return [launch._kernel.fn.__name__ for launch in made]
 
-    if few_rows_tiles(chip, rows) is not None:
-        assert kernels(made) == ["few_rows_kernel"]
+    forward, dx = (few_rows_tiles(chip, rows, C, L, 8, "native") is not None for C, L in ((N, K), (K, N)))
+    assert kernels(made) == ["few_rows_kernel" if forward else "one_pass_kernel"]
+    if chip.has_tma:
+        assert (forward, dx) == (rows <= 256, rows <= (64 if K == 8192 else 256))
+    if dx:
         assert kernels(made_backward) == ["few_rows_kernel", "adapter_grads_kernel"]
     else:
-        assert kernels(made) == ["one_pass_kernel"]
         assert kernels(made_backward) == (
             ["backward_kernel"] if chip.has_tma else ["one_pass_kernel", "adapter_grads_kernel"]
         )
@@ -180,9 +242,9 @@ def test_a_new_number_of_rows_compiles_nothing(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 16, 50])
-def test_a_captured_graph_replays(rows: int, device: torch.device) -> None:
-    t = Case(rows, 1024, 768, 16, torch.bfloat16).tensors(device)
+@pytest.mark.parametrize(("rows", "K", "N"), [(1, 1024, 768), (50, 1024, 768), (100, 1024, 768), (200, 4096, 4096)])
+def test_a_captured_graph_replays(rows: int, K: int, N: int, device: torch.device) -> None:
+    t = Case(rows, K, N, 16, torch.bfloat16).tensors(device)
 
     def step() -> tuple[Tensor, ...]:
         A, B = (adapter.detach().requires_grad_() for adapter in (t.lora_A, t.lora_B))

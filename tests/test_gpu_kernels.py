@@ -174,7 +174,7 @@ def test_the_first_call_to_cuda_of_a_thread_may_be_a_launch(kernel: str) -> None
     seed = torch.tensor([7], device="cuda")
     weight = NF4Weight.quantize(torch.randn(256, 512, device="cuda", dtype=torch.bfloat16))
     # For tensors that no call has described to TMA yet.
-    cases = iter([Case(128, 512, 256, 16, torch.bfloat16).tensors(torch.device("cuda", 0)) for _ in range(4)])
+    cases = iter([Case(300, 512, 256, 16, torch.bfloat16).tensors(torch.device("cuda", 0)) for _ in range(4)])
 
     def call() -> Tensor:
         if kernel == "dequantize":

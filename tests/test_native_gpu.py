@@ -155,7 +155,7 @@ def test_a_new_batch_size_is_learned_without_compiling(on_gpu: None) -> None:
     layer, _ = gpu_layer()
     x = torch.randn(4096, 512, device="cuda", dtype=bf16)
     # Between them they have every tile that the others get.
-    for rows in (4096, 2048, 1024, 512, 256, 65, 64, 32, 1):
+    for rows in (4096, 2048, 1024, 512, 257, 256, 65, 64, 32, 1):
         warm(layer, x[:rows].detach().requires_grad_())
     before = compiled()
     for rows in (15, 16, 17, 128, 333, 1000, 4095):

@@ -422,10 +422,13 @@ def test_few_tokens_are_refused_where_their_kernel_is_not_tuned(
 ) -> None:
     monkeypatch.setattr(tiles_module, "chip_of", lambda device: HOPPER)
     out = ["--out", str(tmp_path / "table.json")]
-    assert main(["tune", "--shapes", "65x64x48", "64x64x48", *out]) == 2
-    reason = "up to 64 tokens take a kernel on this chip whose tiles are not tuned: more must be asked for"
-    assert capsys.readouterr().err == f"lora_kernels: error: {reason}\n"
+    # Of 100 x 14336 -> 4096 only the forward takes it.
+    for shape in ("64x64x48", "256x64x48", "64x14336x4096", "256x4096x4096"):
+        assert main(["tune", "--shapes", "257x64x48", "100x14336x4096", shape, *out]) == 2
+        reason = "take a kernel for few tokens on this chip, whose tiles are not tuned: more must be asked for"
+        assert capsys.readouterr().err == f"lora_kernels: error: {shape}: forward and dx {reason}\n"
     assert instant.measured == 0
+    assert main(["tune", "--shapes", "257x64x48", "200x63x48", "1x63x48", *out]) == 0
 
 
 def test_tokens_of_projections() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_kernels.backends import Backend, NF4Path, Problem
 from lora_kernels.backends.triton import backward_launch, gated, group, nf4_tiles, single
-from lora_kernels.backends.triton.tiles import INTERPRETER, candidates, chip_of, most_few_rows
+from lora_kernels.backends.triton.tiles import INTERPRETER, MOST_FEW_ROWS, Chip, candidates, chip_of, few_rows_tiles
 from lora_kernels.nf4 import NF4Weight
 
 
@@ -48,9 +48,22 @@ def _describe(problem: Problem) -> str | None:
     )
     path = "TMA descriptors" if use_tma else "pointers"
     backward = "one" if backward_launch.is_for_one_launch(problem.device, problem.rank) else "two"
-    few = f"; up to {most_few_rows(chip)} rows another kernel, and two launches backward" if use_tma else ""
+    few = _describe_few_rows(chip, problem) if use_tma else ""
     nf4 = f"; {nf4_tiles.describe(chip, problem.dtype, problem.in_features)}" if problem.nf4 else ""
     return f"one launch forward, {backward} backward, with dropout one more each; {path}; tiles by M from {tiles}{few}{nf4}"
+
+
+def _describe_few_rows(chip: Chip, problem: Problem) -> str:
+    """Which numbers of rows another kernel takes."""
+
+    def ranges(C: int, L: int) -> str:
+        taken = [M for M in range(1, MOST_FEW_ROWS + 1) if few_rows_tiles(chip, M, C, L, problem.rank, problem.precision)]
+        firsts = [M for M in taken if M - 1 not in taken]
+        lasts = [M for M in taken if M + 1 not in taken]
+        return " and ".join(f"{first} to {last}" for first, last in zip(firsts, lasts, strict=True))
+
+    K, N = problem.in_features, problem.out_features
+    return f"; another kernel for y of {ranges(N, K)} rows and for dx of {ranges(K, N)}, whose backward is two launches"
 
 
 def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:

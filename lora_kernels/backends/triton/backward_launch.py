@@ -198,7 +198,7 @@ def _backward_launch(
     """The one launch that backward makes for arguments like these, planned where there was none before."""
     if dy.shape[0] == 0 or not is_for_one_launch(dy.device, lora_A.shape[0]):
         return None
-    if forced[0] is None and tiles_for_few_rows(dy, weight) is not None:
+    if forced[0] is None and tiles_for_few_rows(dy, weight, lora_A.shape[0], precision) is not None:
         return None
     key = (
         dy.device, dy.dtype, precision, dtype, dy.shape, dy.stride(0), weight.shape, weight.stride(), lora_B.stride(),

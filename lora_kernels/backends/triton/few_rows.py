@@ -3,7 +3,7 @@
     S   = scale * mask(X) D           [M, R]     D "down": lora_A^T forward, lora_B backward
     out = X W + mask(S U) + bias      [M, N]     U "up":   lora_B^T forward, lora_A backward
 
-It takes the place of one_pass.py up to as many rows as tiles.few_rows_table holds, with the same arguments. There, a program walks
+It takes the place of one_pass.py where tiles.few_rows_tiles says so, with the same arguments. There, a program walks
 through tiles, and few columns give few programs work; here, by_parts.py cuts the reduction as well, and every program
 has tens of kilobytes of W under way.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from lora_kernels.backends import Precision, Scale
@@ -33,10 +32,8 @@ def plan_few_rows(
     (M, K), N, R = left.shape, weight.shape[1], down.shape[1]
     w_is_nk = weight.stride(0) == 1
     stride_w = weight.stride(1 if w_is_nk else 0)
-    steps = triton.cdiv(K, tiles.block_k)
-    tile_count = triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n)
-    parts = few_rows_parts(programs, tile_count, steps)
-    plan = plan_by_parts(M, N, tiles.block_m, tiles.block_n, steps, parts, R, precision)
+    parts, s_parts = few_rows_parts(programs, tiles, M, N, K)
+    plan = plan_by_parts(M, N, tiles.block_m, tiles.block_n, parts, s_parts, R, precision)
     numbers = (M, N, K, R, plan.s_parts, plan.parts, left.stride(0), stride_w, *down.stride(), *up.stride())
     options = {
         "BLOCK_M": tiles.block_m,

@@ -179,7 +179,7 @@ def _plan_launch(
     programs: int | None,
 ) -> Launch:
     if tiles is None:
-        tiles = tiles_for_few_rows(left, weight)
+        tiles = tiles_for_few_rows(left, weight, down.shape[1], precision)
     if isinstance(tiles, FewRowsTiles):
         at_once = programs or chip_of(left.device).multiprocessors
         masked = dropout is not None
@@ -221,11 +221,12 @@ def _plan_launch(
     return Launch(one_pass_kernel, kind, grid, options, chosen.blocks, plan.workspace_size, plan.counters, numbers)
 
 
-def tiles_for_few_rows(left: Tensor, weight: Tensor) -> FewRowsTiles | None:
+def tiles_for_few_rows(left: Tensor, weight: Tensor, R: int, precision: Precision) -> FewRowsTiles | None:
     """The configuration for few rows, if there is one for the product left weight; else the one-pass kernel takes it."""
     if not _fits_tma_all(left, weight):
         return None
-    return few_rows_tiles(chip_of(left.device), left.shape[0])
+    (M, L), C = left.shape, weight.shape[1]
+    return few_rows_tiles(chip_of(left.device), M, C, L, R, precision)
 
 
 @dataclass(frozen=True)

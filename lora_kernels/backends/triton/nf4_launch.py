@@ -21,7 +21,7 @@ from lora_kernels.backends.triton.nf4_tiles import (
     product_tiles,
 )
 from lora_kernels.backends.triton.parts_plan import plan_by_parts
-from lora_kernels.backends.triton.tiles import INTERPRETER, chip_of
+from lora_kernels.backends.triton.tiles import INTERPRETER, chip_of, share_parts
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import NF4Weight
 
@@ -170,7 +170,7 @@ def _plan_launch(
     if parts is None:
         tile_count = triton.cdiv(M, tiles.block_m) * triton.cdiv(C, tiles.block_c)
         parts = product_parts(chip, tiles, tile_count, steps)
-    plan = plan_by_parts(M, C, tiles.block_m, tiles.block_c, steps, parts, R, precision)
+    plan = plan_by_parts(M, C, tiles.block_m, tiles.block_c, parts, share_parts(steps), R, precision)
     numbers = (M, N, K, R, plan.s_parts, plan.parts, left.stride(0), *down.stride(), *up.stride())
     columns = tiles.block_l if forward else tiles.block_c
     options = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import triton
 
 from lora_kernels.backends import Precision
-from lora_kernels.backends.triton.tiles import rank_block, share_parts
+from lora_kernels.backends.triton.tiles import rank_block
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class PartsPlan:
 
 
 def plan_by_parts(
-    M: int, C: int, block_m: int, block_c: int, steps: int, parts: int, R: int, precision: Precision
+    M: int, C: int, block_m: int, block_c: int, parts: int, s_parts: int, R: int, precision: Precision
 ) -> PartsPlan:
-    """The plan for an output [M, C] and a reduction of so many steps, cut into `parts`."""
+    """The plan for an output [M, C] whose reduction is cut into `parts`, and that of S into `s_parts`."""
     block_r = rank_block(R, precision)
     return PartsPlan(
         block_m,
@@ -51,5 +51,5 @@ def plan_by_parts(
         parts,
         block_r,
         triton.cdiv(R, block_r),
-        share_parts(steps),
+        s_parts,
     )

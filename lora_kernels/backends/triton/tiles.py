@@ -9,6 +9,10 @@ from functools import cache
 import torch
 
 MAX_PARTS = 8
+# Up to so many rows, one block has them all, and the kernel for few rows is faster than the one-pass kernel.
+_ROWS_OF_A_BLOCK = 64
+# Up to so many, it is where there are few tiles.
+MOST_FEW_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,12 @@ _HOPPER = (
     OnePassTiles(64, 128, 64, 4, 4, True, 0.57),
     OnePassTiles(64, 64, 64, 4, 8, True, 0.3),
 )
-# Up to the rows of the last one, they are faster than the one-pass kernel.
+# few_rows_tiles says which rows take which.
 _HOPPER_FEW_ROWS = (
     FewRowsTiles(16, 64, 128, 4, 4),
     FewRowsTiles(32, 64, 128, 4, 4),
     FewRowsTiles(64, 64, 64, 4, 5),
+    FewRowsTiles(128, 64, 128, 4, 4),
 )
 _POINTERS = (
     OnePassTiles(128, 128, 32, 8, 4, False, 0.8),
@@ -129,19 +134,44 @@ def few_rows_table(chip: Chip) -> tuple[FewRowsTiles, ...]:
     return _HOPPER_FEW_ROWS if chip.has_tma else ()
 
 
-def most_few_rows(chip: Chip) -> int:
-    """Up to how many rows of 16 bits that kernel takes them: 0 where there is none."""
-    return max((tiles.block_m for tiles in few_rows_table(chip)), default=0)
+def few_rows_tiles(chip: Chip, M: int, C: int, L: int, R: int, precision: str) -> FewRowsTiles | None:
+    """The configuration for M rows of 16 bits, C columns, a reduction over L and a rank; None: the one-pass kernel's.
+
+    Beyond one block of rows, that kernel has work for the chip as well. It is the slower one where the columns are so few
+    that whole parts of tiles, and S in one chunk, find places in one wave.
+    """
+    table = few_rows_table(chip)
+    if not table or M > MOST_FEW_ROWS:
+        return None
+    if M <= _ROWS_OF_A_BLOCK:
+        return next(tiles for tiles in table if tiles.block_m >= M)
+    *_, narrow, wide = table
+    if rank_block(R, precision) < R:
+        return None
+    if _parts_beside_s(chip.multiprocessors, narrow, M, C) > 1:
+        return narrow
+    # With a smaller X, the one-pass kernel was as fast (docs/kernels.md).
+    much = M * L > 1 << 19
+    return wide if much and _parts_beside_s(chip.multiprocessors, wide, M, C) > 0 else None
 
 
-def few_rows_tiles(chip: Chip, M: int) -> FewRowsTiles | None:
-    """The configuration for M rows; None where the one-pass kernel takes them."""
-    return next((tiles for tiles in few_rows_table(chip) if tiles.block_m >= M), None)
+def few_rows_parts(programs: int, tiles: FewRowsTiles, M: int, C: int, L: int) -> tuple[int, int]:
+    """Into how many parts the reduction over L is cut for a tile, and for S: each program then has one, if there are so many.
+
+    In one block of rows, S goes beside: there, two programs fit a multiprocessor. Elsewhere it gets places of its own.
+    """
+    row_tiles, column_tiles, steps = -(-M // tiles.block_m), -(-C // tiles.block_n), -(-L // tiles.block_k)
+    tile_count, of_s = row_tiles * column_tiles, share_parts(steps)
+    beside = M <= _ROWS_OF_A_BLOCK
+    most = programs // tile_count if beside else _parts_beside_s(programs, tiles, M, C)
+    parts = max(1, min(most, steps // 2, 16))
+    left = (programs - parts * tile_count) // row_tiles
+    return parts, of_s if beside else max(1, min(of_s, left))
 
 
-def few_rows_parts(programs: int, tile_count: int, steps: int) -> int:
-    """Into how many parts the reduction over so many steps is cut: each program then has one, if there are so many."""
-    return max(1, min(programs // tile_count, steps // 2, 16))
+def _parts_beside_s(programs: int, tiles: FewRowsTiles, M: int, C: int) -> int:
+    """Into how many parts tiles are cut, with as many of S for each block of rows, for each to have a program: 0 if none has."""
+    return programs // (-(-M // tiles.block_m) * (-(-C // tiles.block_n) + 1))
 
 
 def share_parts(steps: int) -> int:

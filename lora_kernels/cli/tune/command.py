@@ -57,15 +57,19 @@ def run(args: argparse.Namespace) -> int:
     device = _device()
     if importlib.util.find_spec("tqdm") is None:
         raise UserError('tune needs more packages (tqdm): pip install "lora-kernels[bench]"')
-    from lora_kernels.backends.triton.tiles import chip_of, most_few_rows
+    from lora_kernels.backends.triton.tiles import chip_of, few_rows_tiles
     from lora_kernels.backends.triton.tuned import VARIABLE, table_path
     from lora_kernels.cli.tune.tuning import Tuning
 
     cases, chip = _cases(args), chip_of(device)
-    few = most_few_rows(chip) if args.dtype != "float32" else 0
-    if any(few >= case.M and case.K % 8 == case.N % 8 == 0 for case in cases):
-        reason = "take a kernel on this chip whose tiles are not tuned: more must be asked for"
-        raise UserError(f"up to {few} tokens {reason}")
+    for case in cases:
+        if case.dtype == "float32" or case.K % 8 or case.N % 8:
+            continue
+        M, K, N = case.M, case.K, case.N
+        products = ((N, K), (K, N))
+        if all(few_rows_tiles(chip, M, C, L, case.rank, "native") is not None for C, L in products):
+            reason = "take a kernel for few tokens on this chip, whose tiles are not tuned: more must be asked for"
+            raise UserError(f"{M}x{K}x{N}: forward and dx {reason}")
     path = args.out or table_path(chip)
     if path is None:
         raise UserError(f"--out: must say where the table goes, because {VARIABLE} says that none is used")
