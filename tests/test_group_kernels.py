@@ -192,11 +192,15 @@ def _rounded(member: Member, dtype: torch.dtype) -> Member:
     return member._replace(lora_A=member.lora_A.to(dtype), lora_B=member.lora_B.to(dtype))
 
 
+@pytest.mark.parametrize("ranks", [(16, 3, 8), (64, 40, 24)], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_same_bits_whoever_computes_s(dropout: float, device: torch.device) -> None:
-    """In every run; and where tiles cannot wait, or few programs take all tiles."""
+def test_same_bits_whoever_computes_s(dropout: float, ranks: tuple[int, ...], device: torch.device) -> None:
+    """In every run; and where tiles cannot wait, or few programs take all tiles.
+
+    The latter compute S in pieces of 16 columns, of whichever width shares are.
+    """
     sizes = (300, 128, (200, 96, 72)) if HAS_GPU else (40, 64, (70, 40, 33))
-    case = GroupCase(*sizes, (16, 3, 8), dropout=dropout)
+    case = GroupCase(*sizes, ranks, dropout=dropout)
     torch.manual_seed(1)
     group = case.tensors(device)
     for programs in (1, None) if HAS_GPU else (None,):
