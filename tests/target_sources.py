@@ -244,6 +244,7 @@ def _group(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     else:
         columns = block_r * chunks * build.members
         constants |= {"MASKED": build.masked, "FLATTEN": tiles.use_tma and not build.masked}
+        constants["ALIGNED"] = build.aligned and build.rank % 8 == 0
         constants["BLOCK_U"] = up_block(columns, build.precision)
         single["out_ref"] = (m, n // 2)
         each |= {"dy{}_ref": (m, k), "t{}_ptr": _branch(build)}

@@ -69,8 +69,8 @@ def _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2
 @triton.jit
 def _add_all_up(acc, stored, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, M, K, R0, R1, R2,
                 MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-                BLOCK_U: tl.constexpr, RANK_CHUNKS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-                DTYPE: tl.constexpr):  # fmt: skip
+                BLOCK_U: tl.constexpr, RANK_CHUNKS: tl.constexpr, ALIGNED: tl.constexpr, SPLIT: tl.constexpr,
+                PRECISION: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """acc + the sum over members of T_i A_i, with the ranks of all members side by side.
 
     One product for as many of them as BLOCK_U columns hold: several in a row on one accumulator would keep the main
@@ -93,7 +93,7 @@ def _add_all_up(acc, stored, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t
                          BLOCK_U, BLOCK_N, SPLIT, PRECISION)  # fmt: skip
         else:
             t, up = _load_side_by_side(stored, index * BLOCK_U, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr,
-                                       t2_ptr, M, K, R0, R1, R2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_U, SLOT)  # fmt: skip
+                                       t2_ptr, M, K, R0, R1, R2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_U, SLOT, ALIGNED)  # fmt: skip
             acc = tl.dot(t.to(DTYPE), up.to(DTYPE), acc, input_precision=PRECISION)
     return acc
 
@@ -101,8 +101,12 @@ def _add_all_up(acc, stored, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t
 @triton.jit
 def _load_side_by_side(stored, first, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, M, K, R0, R1, R2,
                        MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr,
-                       SLOT: tl.constexpr):  # fmt: skip
-    """BLOCK_U columns of the members' T side by side, each in a slot of its own, and the rows of their A."""
+                       SLOT: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """BLOCK_U columns of the members' T side by side, each in a slot of its own, and the rows of their A.
+
+    ALIGNED: 8 divides all ranks, and each A starts on 16 bytes, as T does. Triton 3.9 sees nothing of that in what is chosen per
+    column, and would load number by number.
+    """
     columns = first + tl.arange(0, BLOCK_U)
     member, offs_r = columns // SLOT, columns % SLOT
     offs_m = row0 + tl.arange(0, BLOCK_M)
@@ -111,11 +115,16 @@ def _load_side_by_side(stored, first, row0, column0, up0_ptr, up1_ptr, up2_ptr, 
     in_rank = member_number(member, offs_r < R0, offs_r < R1, offs_r < R2, MEMBERS) & (member < MEMBERS)
     R = member_number(member, R0, R1, R2, MEMBERS)
     t_ptrs = member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS)[None, :]
-    up_ptrs = member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS)[:, None]
+    t_ptrs += offs_m.to(tl.int64)[:, None] * R[None, :] + offs_r[None, :]
+    in_t = (offs_m < tl.where(stored, M, 0))[:, None] & in_rank[None, :]
+    up_ptrs = member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS)
+    if ALIGNED:
+        t_ptrs = tl.multiple_of(tl.max_contiguous(t_ptrs, (1, 8)), (1, 16))
+        in_t = tl.max_constancy(in_t, (1, 8))
+        up_ptrs = tl.multiple_of(up_ptrs, 16)
     # Another multiprocessor may have written T: L1 may not be asked.
-    t = tl.load(t_ptrs + offs_m.to(tl.int64)[:, None] * R[None, :] + offs_r[None, :],
-                (offs_m < tl.where(stored, M, 0))[:, None] & in_rank[None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
-    up = tl.load(up_ptrs + offs_r[:, None] * K + offs_n[None, :], in_rank[:, None] & (offs_n < K)[None, :], other=0.0)
+    t = tl.load(t_ptrs, in_t, other=0.0, cache_modifier=".cg")
+    up = tl.load(up_ptrs[:, None] + offs_r[:, None] * K + offs_n[None, :], in_rank[:, None] & (offs_n < K)[None, :], other=0.0)
     return t, up
 
 
@@ -125,8 +134,8 @@ def _finish_dx_tile(
     up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr, total_ptr, scale0, scale1, scale2,
     spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_U: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_U: tl.constexpr, RANK_CHUNKS: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Adds what the adapters give to a finished sum of dy_i W_i and writes it; as finish_tile of the one-pass kernel."""
     CHUNKS: tl.constexpr = MEMBERS * RANK_CHUNKS
@@ -152,7 +161,7 @@ def _finish_dx_tile(
                                 BLOCK_N, BLOCK_R, RANK_CHUNKS, SPLIT, PRECISION, DTYPE, False)  # fmt: skip
     else:
         acc = _add_all_up(acc, stored, row0, left0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, M, K, R0, R1, R2,
-                          MEMBERS, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_U, RANK_CHUNKS, SPLIT, PRECISION, DTYPE)  # fmt: skip
+                          MEMBERS, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_U, RANK_CHUNKS, ALIGNED, SPLIT, PRECISION, DTYPE)  # fmt: skip
     left, right = halves(acc, BLOCK_M, BLOCK_N)
     store_tile(out_ref, K, row0, left0, M, K, left.to(DTYPE), BLOCK_M, HALF, USE_TMA)
     store_tile(out_ref, K, row0, left0 + HALF, M, K, right.to(DTYPE), BLOCK_M, HALF, USE_TMA)
@@ -167,13 +176,14 @@ def group_input_kernel(
     M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, shares, dy_stays,
     stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_U: tl.constexpr, GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, W_IS_NK: tl.constexpr,
-    MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_U: tl.constexpr, GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, ALIGNED: tl.constexpr,
+    W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+    DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out_ref [M, K], each dy_ref [M, N_i] and w_ref ([K, N_i] if W_IS_NK, else [N_i, K]) are TMA descriptors if USE_TMA,
     else pointers; down is lora_B, up is lora_A, and these, t [M, R_i] and out are contiguous. With two members, what is
     the third's is None or 0. K counts the columns of dx: a step of the main loop is one of some N_i. dy_stays: whether
-    L2 holds all dy_i.
+    L2 holds all dy_i. RANK_ALIGN divides each R_i, and of ALIGNED _load_side_by_side knows.
 
     sync_ptr holds, all zero: the count of finished programs, that of complete chunks of T, the same for each row
     block, and a count of parts for each row block and chunk.
@@ -245,7 +255,7 @@ def group_input_kernel(
                         up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
                         total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
                         k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
-                        BLOCK_R, BLOCK_U, RANK_CHUNKS, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+                        BLOCK_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     # All others.
     tile = pid + tl.cdiv(tl.maximum(shared_tiles - pid, 0), programs) * programs
@@ -272,7 +282,7 @@ def group_input_kernel(
                     up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
                     total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
                     k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
-                    BLOCK_R, BLOCK_U, RANK_CHUNKS, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+                    BLOCK_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     else:
         for index in tl.range(0, mine, num_stages=1):
@@ -288,7 +298,7 @@ def group_input_kernel(
                 up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
                 total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
                 k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
-                BLOCK_R, BLOCK_U, RANK_CHUNKS, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+                BLOCK_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     tl.debug_barrier()
     if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == programs - 1:

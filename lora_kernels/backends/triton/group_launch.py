@@ -160,6 +160,7 @@ def backward_input(
         options = _options(plan, ranks, first.dtype, precision) | {
             "W_IS_NK": not weights.by_rows,
             "MASKED": masked,
+            "ALIGNED": divisor(*ranks) == 8 and alignment(*lora_As) == 0,
             "BLOCK_U": up_block(plan.rank_block * plan.rank_chunks * len(members), precision),
             # With masks, what the flat loop holds beside the epilogue's loop over members does not fit into the registers.
             "FLATTEN": chosen.use_tma and not masked,
