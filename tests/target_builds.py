@@ -49,6 +49,7 @@ class Build:
     computed by programs that have fewer tiles, if X has no mask and there are no halves. want_h: of a gated MLP's
     backward.
     eights: sizes and strides that 8 divides and 16 does not. flat: one loop over all steps of all tiles.
+    shared: S is computed in shares, and not by every tile.
     """
 
     capability: int
@@ -70,10 +71,11 @@ class Build:
     alone: bool = True
     eights: bool = False
     flat: bool = True
+    shared: bool = True
 
     def __str__(self) -> str:
         tiles = "x".join(str(v) for k, v in asdict(self.tiles).items() if k.startswith("block"))
-        booleans = ("forward", "masked", "aligned", "turned", "ieee", "alone", "eights", "flat")
+        booleans = ("forward", "masked", "aligned", "turned", "ieee", "alone", "eights", "flat", "shared")
         flags = [k for k in booleans if getattr(self, k)]
         flags += [self.dtype, self.precision]
         if self.members > 1:
@@ -217,6 +219,8 @@ def scarce_variants(capability: int, widest: OnePassTiles, wide_fp32: OnePassTil
         yield Build(capability, "nf4_product", fly_table(chip, forward).tiles[0], forward, rank=8)
         group = Build(capability, "group_forward" if forward else "group_input", widest, forward, members=2)
         yield replace(group, rank=8, members=MOST_MEMBERS)
+        yield replace(group, rank=256, shared=False)
+        yield Build(capability, "one_pass", widest, forward, rank=256, shared=False)
         yield replace(group, precision="rounded")
         yield replace(group, tiles=wide_fp32, dtype="fp32", turned=True)
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 4), dtype="fp32", ieee=True)

@@ -23,7 +23,7 @@ from lora_kernels.backends.triton.mask import mask_kernel
 from lora_kernels.backends.triton.nf4 import dequantize_kernel
 from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
-from lora_kernels.backends.triton.tiles import rank_block, share_stages, tail_grad_tiles
+from lora_kernels.backends.triton.tiles import own_columns, rank_block, share_stages, tail_grad_tiles
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 KERNELS = {
@@ -100,6 +100,7 @@ def _one_pass(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "BLOCK_N": n,
         "BLOCK_K": k,
         "BLOCK_R": block_r,
+        "OWN_R": own_columns(block_r, build.shared),
         "GROUP_M": tiles.group_m,
         "RANK_CHUNKS": -(-build.rank // block_r),
         "RANK_ALIGN": 8,
@@ -224,6 +225,7 @@ def _group(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "BLOCK_N": n,
         "BLOCK_K": k,
         "BLOCK_R": block_r,
+        "OWN_R": own_columns(block_r, build.shared),
         "GROUP_M": tiles.group_m,
         "RANK_CHUNKS": chunks,
         "RANK_ALIGN": divisor(build.rank),

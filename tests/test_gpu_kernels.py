@@ -194,9 +194,10 @@ def test_the_first_call_to_cuda_of_a_thread_may_be_a_launch(kernel: str) -> None
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("rows", [40, 300])
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_torch_compile(mode: str | None) -> None:
-    module, x = layer(), torch.randn(256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+def test_torch_compile(mode: str | None, rows: int) -> None:
+    module, x = layer(), torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     expected = step(module, x)
     compiled = torch.compile(module, fullgraph=True, mode=mode)
     for _ in range(4):

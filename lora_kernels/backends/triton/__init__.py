@@ -63,7 +63,7 @@ def _describe_few_rows(chip: Chip, problem: Problem) -> str:
         return " and ".join(f"{first} to {last}" for first, last in zip(firsts, lasts, strict=True))
 
     K, N = problem.in_features, problem.out_features
-    return f"; another kernel for y of {ranges(N, K)} rows and for dx of {ranges(K, N)}, whose backward is two launches"
+    return f"; another kernel for y of {ranges(N, K)} rows and for dx of {ranges(K, N)}, with which a backward is two launches"
 
 
 def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:

@@ -35,7 +35,7 @@ def group_forward_kernel(
     mask0_ptr, mask1_ptr, mask2_ptr, scale0_ptr, scale1_ptr, scale2_ptr, workspace_ptr, sync_ptr,
     scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts, shares, x_stays,
     stride_xm, stride_w0, stride_w1, stride_w2,
-    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr,
     HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -114,7 +114,7 @@ def group_forward_kernel(
             0, acc, member, pid_m, pid_n, x_ref, out0_ref, out1_ref, out2_ref, down0_ptr, down1_ptr, down2_ptr, up0_ptr,
             up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr, mask0_ptr, mask1_ptr, mask2_ptr,
             sync_ptr, counters, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_tiles,
-            k_parts, stride_xm, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, HAS_BIAS, SPLIT,
+            k_parts, stride_xm, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, OWN_R, RANK_CHUNKS, MASK_X, HAS_BIAS, SPLIT,
             PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     # All others.
@@ -146,7 +146,7 @@ def group_forward_kernel(
                     down2_ptr, up0_ptr, up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr,
                     mask0_ptr, mask1_ptr, mask2_ptr, sync_ptr, counters, scale0, scale1, scale2, spin_limit,
                     M, K, N0, N1, N2, R0, R1, R2, k_tiles, k_parts, stride_xm, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
-                    BLOCK_R, RANK_CHUNKS, MASK_X, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+                    BLOCK_R, OWN_R, RANK_CHUNKS, MASK_X, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     else:
         for index in tl.range(0, mine, num_stages=1):
@@ -166,7 +166,7 @@ def group_forward_kernel(
                 down2_ptr, up0_ptr, up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr,
                 mask0_ptr, mask1_ptr, mask2_ptr, sync_ptr, counters, scale0, scale1, scale2, spin_limit,
                 M, K, N0, N1, N2, R0, R1, R2, k_tiles, k_parts, stride_xm, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
-                BLOCK_R, RANK_CHUNKS, MASK_X, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+                BLOCK_R, OWN_R, RANK_CHUNKS, MASK_X, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     tl.debug_barrier()
     if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == programs - 1:
@@ -181,7 +181,7 @@ def _finish_member_tile(
     stored, acc, member, pid_m, pid_n, x_ref, out0_ref, out1_ref, out2_ref, down0_ptr, down1_ptr, down2_ptr, up0_ptr,
     up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, sync_ptr,
     counters, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_tiles, k_parts, stride_xm,
-    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
     RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -201,6 +201,6 @@ def _finish_member_tile(
         member_number(member, up0_ptr, up1_ptr, up2_ptr, MEMBERS), bias_ptr,
         member_number(member, s0_ptr, s1_ptr, s2_ptr, MEMBERS), total_ptr + 1, total_ptr, mask_ptr,
         member_number(member, scale0, scale1, scale2, MEMBERS), spin_limit, M, N, K, R, k_tiles, k_parts,
-        stride_xm, N, 1, K, 1, R, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, False, HAS_BIAS, SPLIT,
+        stride_xm, N, 1, K, 1, R, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, OWN_R, RANK_CHUNKS, MASK_X, False, HAS_BIAS, SPLIT,
         PRECISION, USE_TMA, DTYPE)  # fmt: skip
     return stored | (all_stored.to(tl.int32) << member)

@@ -51,8 +51,8 @@ def _multiply_step(acc, step, row0, column0, dy0_ref, dy1_ref, dy2_ref, w0_ref, 
 @triton.jit
 def _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr, t0_ptr, t1_ptr, t2_ptr, scale0, scale1,
                    scale2, M, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2,
-                   MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-                   PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+                   MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OWN_R: tl.constexpr,
+                   SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
     """Every member's T of a row block, computed and stored here."""
     for member in tl.range(0, MEMBERS, num_stages=1):
         N = member_number(member, N0, N1, N2, MEMBERS)
@@ -62,8 +62,8 @@ def _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2
                   member_number(member, t0_ptr, t1_ptr, t2_ptr, MEMBERS), None,
                   member_number(member, scale0, scale1, scale2, MEMBERS), M, N, R, tl.cdiv(N, BLOCK_K),
                   member_number(member, k_parts0, k_parts1, k_parts2, MEMBERS),
-                  member_number(member, stride_dy0, stride_dy1, stride_dy2, MEMBERS), R, 1, R, BLOCK_M, BLOCK_K, False,
-                  SPLIT, PRECISION, USE_TMA)  # fmt: skip
+                  member_number(member, stride_dy0, stride_dy1, stride_dy2, MEMBERS), R, 1, R, BLOCK_M, BLOCK_K, OWN_R,
+                  False, SPLIT, PRECISION, USE_TMA)  # fmt: skip
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _finish_dx_tile(
     all_stored, acc, pid_m, pid_n, out_ref, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr, up0_ptr, up1_ptr,
     up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr, total_ptr, scale0, scale1, scale2,
     spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2,
-    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
     BLOCK_U: tl.constexpr, RANK_CHUNKS: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +148,7 @@ def _finish_dx_tile(
         if not stored:
             _compute_all_t(pid_m, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr, t0_ptr, t1_ptr, t2_ptr, scale0,
                            scale1, scale2, M, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, stride_dy0, stride_dy1,
-                           stride_dy2, MEMBERS, BLOCK_M, BLOCK_K, SPLIT, PRECISION, USE_TMA)  # fmt: skip
+                           stride_dy2, MEMBERS, BLOCK_M, BLOCK_K, OWN_R, SPLIT, PRECISION, USE_TMA)  # fmt: skip
             # The threads must meet between the stores and the loads of T: finish_tile says why by an atomic.
             stored = tl.atomic_add(ready_ptr + pid_m, 0, sem="acq_rel") >= 0
         all_stored = tl.atomic_add(total_ptr, 0, sem="acquire") == tl.cdiv(M, BLOCK_M) * CHUNKS
@@ -175,7 +175,7 @@ def group_input_kernel(
     scale0_ptr, scale1_ptr, scale2_ptr, workspace_ptr, sync_ptr, scale0, scale1, scale2, spin_limit,
     M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, shares, dy_stays,
     stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
-    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
     BLOCK_U: tl.constexpr, GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, ALIGNED: tl.constexpr,
     W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
@@ -255,7 +255,7 @@ def group_input_kernel(
                         up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
                         total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
                         k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
-                        BLOCK_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+                        BLOCK_R, OWN_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     # All others.
     tile = pid + tl.cdiv(tl.maximum(shared_tiles - pid, 0), programs) * programs
@@ -282,7 +282,7 @@ def group_input_kernel(
                     up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
                     total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
                     k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
-                    BLOCK_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+                    BLOCK_R, OWN_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     else:
         for index in tl.range(0, mine, num_stages=1):
@@ -298,7 +298,7 @@ def group_input_kernel(
                 up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
                 total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
                 k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
-                BLOCK_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+                BLOCK_R, OWN_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     tl.debug_barrier()
     if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == programs - 1:

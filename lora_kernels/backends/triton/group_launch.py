@@ -34,6 +34,7 @@ from lora_kernels.backends.triton.tiles import (
     chip_of,
     group_grad_tiles,
     group_tiles,
+    own_columns,
     rank_block,
     row_parts,
 )
@@ -100,7 +101,7 @@ def forward(
         pair = ((n, k) if weights.by_rows else (k, n), (m, n // 2))
         blocks = ((m, k), *pair * len(members)) if chosen.use_tma else None
         launch = Launch(
-            group_forward_kernel, (*kind, chosen), (plan.programs, 1, 1), options, blocks, plan.workspace_size,
+            group_forward_kernel, (*kind, chosen, plan.shares > 0), (plan.programs, 1, 1), options, blocks, plan.workspace_size,
             plan.counters, numbers,
         )  # fmt: skip
         remember(_launches, key, launch)
@@ -169,7 +170,7 @@ def backward_input(
         pair = ((m, k), (k, n) if weights.by_rows else (n, k))
         blocks = ((m, n // 2), *pair * len(members)) if chosen.use_tma else None
         launch = Launch(
-            group_input_kernel, (*kind, chosen), (plan.programs, 1, 1), options, blocks, plan.workspace_size,
+            group_input_kernel, (*kind, chosen, plan.shares > 0), (plan.programs, 1, 1), options, blocks, plan.workspace_size,
             plan.counters, numbers,
         )  # fmt: skip
         remember(_launches, key, launch)
@@ -276,6 +277,7 @@ def _options(plan: GroupPlan, ranks: Sequence[int], dtype: torch.dtype, precisio
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "BLOCK_R": plan.rank_block,
+        "OWN_R": own_columns(plan.rank_block, plan.shares > 0),
         "GROUP_M": tiles.group_m,
         "RANK_CHUNKS": plan.rank_chunks,
         "RANK_ALIGN": divisor(*ranks),

@@ -21,6 +21,7 @@ from lora_kernels.backends.triton.tiles import (
     OnePassTiles,
     chip_of,
     few_rows_tiles,
+    own_columns,
     rank_block,
     share_out,
     share_stages,
@@ -266,6 +267,7 @@ def settle(
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "BLOCK_R": plan.rank_block,
+        "OWN_R": own_columns(plan.rank_block, plan.shared),
         "GROUP_M": tiles.group_m,
         "RANK_CHUNKS": plan.rank_chunks,
         "RANK_ALIGN": divisor(R),
@@ -287,7 +289,7 @@ def settle(
         w_block = (tiles.block_n, tiles.block_k) if w_is_nk else (tiles.block_k, tiles.block_n)
         blocks = ((tiles.block_m, tiles.block_k), w_block, (tiles.block_m, tiles.block_n // 2))
     kind = (
-        device, dtype, precision, K, N, R, tiles, plan.sharers > 0, plan.flat, w_is_nk, left.stride(0), stored_w.stride(0),
+        device, dtype, precision, K, N, R, tiles, plan.shared, plan.sharers > 0, plan.flat, w_is_nk, left.stride(0), stored_w.stride(0),
         down.stride(), up.stride(), down.dtype, alignment(left, stored_w, down, up),
     )  # fmt: skip
     return Settled(plan, stored_w.stride(0), options, blocks, kind)

@@ -97,7 +97,8 @@ def keep_tile(bits_ptr, row0, column0, rows, columns, BLOCK_M: tl.constexpr, BLO
 
 def _speaks_ptx(_semantic=None):
     """Whether what is compiled is for CUDA: neither Triton's interpreter, which passes nothing, nor ROCm knows PTX."""
-    return tl.constexpr(_semantic is not None and _semantic.builder.options.backend_name == "cuda")
+    options = getattr(getattr(_semantic, "builder", None), "options", None)
+    return tl.constexpr(getattr(options, "backend_name", None) == "cuda")
 
 
 # What Triton calls while it compiles.

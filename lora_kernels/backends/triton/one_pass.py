@@ -52,7 +52,7 @@ def all_tiles(
     x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr,
     scale, spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays,
     stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, UP_ALIGN: tl.constexpr,
     ALONE: tl.constexpr, SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
@@ -123,7 +123,7 @@ def all_tiles(
                 acc = tl.dot(x, w, acc, input_precision=PRECISION)
             finish_tile(False, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, total_ptr,
                         mask_ptr, scale, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
-                        stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X, MASK_OUT,
+                        stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, OWN_R, RANK_CHUNKS, MASK_X, MASK_OUT,
                         HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
     # All others.
@@ -148,7 +148,7 @@ def all_tiles(
                 all_stored = finish_tile(
                     all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr, total_ptr,
                     mask_ptr, scale, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
-                    stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS, MASK_X,
+                    stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, OWN_R, RANK_CHUNKS, MASK_X,
                     MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     else:
@@ -162,7 +162,7 @@ def all_tiles(
             all_stored = finish_tile(
                          all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr,
                          total_ptr, mask_ptr, scale, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk,
-                         stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_CHUNKS,
+                         stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, OWN_R, RANK_CHUNKS,
                          MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def one_pass_kernel(
     x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr,
     scale, spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays,
     stride_xm, stride_w, stride_om, stride_dk, stride_dr, stride_ur, stride_un, stride_sm,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr, UP_ALIGN: tl.constexpr,
     ALONE: tl.constexpr, SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
@@ -194,7 +194,7 @@ def one_pass_kernel(
     """The module's docstring says what it computes, all_tiles what the arguments are."""
     all_tiles(x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr, scale,
               spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays, stride_xm, stride_w, stride_om, stride_dk,
-              stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN,
+              stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, OWN_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN,
               DOWN_ALIGN, UP_ALIGN, ALONE, SHARE_STAGES, W_IS_NK, MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
     tl.debug_barrier()
     if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:

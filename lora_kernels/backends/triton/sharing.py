@@ -144,19 +144,19 @@ def add_up(acc, s, up_ptr, stride_ur, stride_un, r0, n0, R, N, dtype: tl.constex
 @triton.jit
 def compute_s(pid_m, x_ref, down_ptr, s_ptr, mask_ptr, scale, M, K, R, k_tiles, k_parts,
               stride_xm, stride_dk, stride_dr, stride_sm, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-              MASK_X: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
-    """The row block's S, computed and stored here, for a tile that cannot have it from others.
+              OWN_R: tl.constexpr, MASK_X: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+              USE_TMA: tl.constexpr):  # fmt: skip
+    """The row block's S, computed and stored here, for a tile that cannot have it from others: OWN_R columns at a time.
 
-    Narrow pieces give the bits of wide ones, and leave the main loop around this the registers: it spilled beside 64 columns.
+    Few give the bits of many, read X more often, and leave the main loop around this the registers (tiles.own_columns).
     """
-    PIECE: tl.constexpr = 16
-    for r0 in tl.range(0, R, PIECE, num_stages=1):
-        s = tl.zeros((BLOCK_M, PIECE), tl.float32)
+    for r0 in tl.range(0, R, OWN_R, num_stages=1):
+        s = tl.zeros((BLOCK_M, OWN_R), tl.float32)
         for part in tl.range(0, k_parts, num_stages=1):
             first, last = part_bounds(part, k_parts, k_tiles)
             s += compute_share(x_ref, stride_xm, down_ptr, stride_dk, stride_dr, pid_m * BLOCK_M, r0, first, last, M, K, R,
-                               mask_ptr, BLOCK_M, BLOCK_K, PIECE, MASK_X, SPLIT, PRECISION, USE_TMA, 1)  # fmt: skip
-        address, mask = s_addresses(s_ptr, stride_sm, pid_m * BLOCK_M, r0, M, R, BLOCK_M, PIECE)
+                               mask_ptr, BLOCK_M, BLOCK_K, OWN_R, MASK_X, SPLIT, PRECISION, USE_TMA, 1)  # fmt: skip
+        address, mask = s_addresses(s_ptr, stride_sm, pid_m * BLOCK_M, r0, M, R, BLOCK_M, OWN_R)
         tl.store(address, (s * scale).to(s_ptr.dtype.element_ty), mask)
 
 
@@ -164,7 +164,7 @@ def compute_s(pid_m, x_ref, down_ptr, s_ptr, mask_ptr, scale, M, K, R, k_tiles, 
 def finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, ready_ptr,
                 total_ptr, mask_ptr, scale, spin_limit, M, N, K, R, k_tiles, k_parts, stride_xm, stride_om, stride_dk, stride_dr,
                 stride_ur, stride_un, stride_sm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                BLOCK_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
+                BLOCK_R: tl.constexpr, OWN_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, MASK_OUT: tl.constexpr,
                 HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
                 DTYPE: tl.constexpr):  # fmt: skip
     """Adds mask(S U) and the bias to a finished X W tile and writes it.
@@ -183,7 +183,8 @@ def finish_tile(all_stored, acc, pid_m, pid_n, x_ref, out_ref, down_ptr, up_ptr,
         stored = all_ready(ready_ptr + pid_m, RANK_CHUNKS, spin_limit)
         if not stored:
             compute_s(pid_m, x_ref, down_ptr, s_ptr, mask_ptr, scale, M, K, R, k_tiles, k_parts, stride_xm,
-                      stride_dk, stride_dr, stride_sm, BLOCK_M, BLOCK_K, MASK_X, SPLIT, PRECISION, USE_TMA)  # fmt: skip
+                      stride_dk, stride_dr, stride_sm, BLOCK_M, BLOCK_K, OWN_R, MASK_X, SPLIT, PRECISION,
+                      USE_TMA)  # fmt: skip
             # The threads must meet between the stores and the loads of S. The result of an atomic reaches all of them
             # through such a meeting, and always is what is asked here; a bare barrier would keep the compiler from
             # pipelining the loop around it.

@@ -148,7 +148,8 @@ def few_rows_tiles(chip: Chip, M: int, C: int, L: int, R: int, precision: str) -
     *_, narrow, wide = table
     if rank_block(R, precision) < R:
         return None
-    if _parts_beside_s(chip.multiprocessors, narrow, M, C) > 1:
+    # Of shorter reductions nothing was measured.
+    if _parts_beside_s(chip.multiprocessors, narrow, M, C) > 1 and L >= 2048:
         return narrow
     # With a smaller X, the one-pass kernel was as fast (docs/kernels.md).
     much = M * L > 1 << 19
@@ -185,6 +186,14 @@ def rank_block(rank: int, precision: str) -> int:
     Split adapters take four times the shared memory, so theirs stays at 16.
     """
     return 16 if precision == "split" else min(64, max(16, 1 << (rank - 1).bit_length()))
+
+
+def own_columns(block_r: int, shared: bool) -> int:
+    """How many columns of S a tile computes at a time that cannot have it from others.
+
+    Where S is shared out, that is rare, and many would take registers from the main loop around it.
+    """
+    return 16 if shared else block_r
 
 
 def shipped_grad_tiles(chip: Chip, itemsize: int) -> GradTiles:
