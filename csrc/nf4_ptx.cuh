@@ -14,6 +14,13 @@ __device__ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t d
   return bytes;
 }
 
+// Two numbers of shared memory, by its 32-bit address. What lies there does not change between the barriers around it.
+__device__ inline float2 load_shared_pair(uint32_t address) {
+  float2 pair;
+  asm("ld.shared.v2.f32 {%0,%1}, [%2];\n" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
+  return pair;
+}
+
 // Two numbers rounded to 16 bits, `low` in the low half.
 __device__ inline uint32_t round_pair(float low, float high, bf16) {
   uint32_t pair;

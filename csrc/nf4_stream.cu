@@ -12,11 +12,12 @@ using namespace nf4_stream_tile;
 
 // Two fragments of tokens. With more, the kernel of nf4.cuh or a decoded copy is faster.
 constexpr int64_t kMostTokens = 16;
-constexpr int kStages = 3;
+constexpr int kStages = 2;
 
-// Beside its dynamic memory a block has a map of scales, and beside itself one of nf4_down_kernel.
+// Beside its dynamic memory a block has what lies before it, and beside itself room for one of nf4_down_kernel.
 int64_t shared_bytes(const OnePass& problem, const StreamPlan& plan) {
-  return x_bytes(plan, problem.M) + ring_bytes<kStages>(plan) + 2048 + 10240;
+  constexpr int kDownBytes = 8320 + 1024;
+  return Places<kStages>::bytes(plan, problem.M) + Places<kStages>::kOwnBytes + kDownBytes;
 }
 
 StreamPlan divide(const OnePass& problem, int tiles, int groups, int parts) {
@@ -33,10 +34,11 @@ StreamPlan divide(const OnePass& problem, int tiles, int groups, int parts) {
 // The division with which the multiprocessor that has most to do is through first. What things cost is counted in slices
 // of a tile that a multiprocessor does one after the other, as an H100 showed it.
 StreamPlan best_plan(const OnePass& problem, int chip, int shared_of_block) {
-  constexpr int kMostWarps = kMostThreads / 32, kMostParts = 8;
-  // Starting a block and adding up; with less than 8 warps, some of a multiprocessor's time is nobody's.
-  constexpr int64_t kBlockCost = 40, kBusyWarps = 8;
-  // A slice of X costs as much as one of a tile for so many tokens.
+  // More than eight parts only where X of fewer has no room: what parts cost sees to that.
+  constexpr int kMostWarps = kMostThreads / 32, kMostParts = 32;
+  // Starting a block; with less than so many warps, some of a multiprocessor's time is nobody's.
+  constexpr int64_t kBlockCost = 20, kBusyWarps = 9;
+  // A slice of X costs as much as one of a tile for so many tokens, and that again for any number of them.
   constexpr int64_t kTokens = 8;
   StreamPlan best{};
   int64_t least = 0;
@@ -48,7 +50,8 @@ StreamPlan best_plan(const OnePass& problem, int chip, int shared_of_block) {
         const int64_t waves = divide_up(int64_t{plan.places} * parts, chip);
         const int64_t turns = divide_up(plan.slices, groups) * std::max<int64_t>(tiles * groups, kBusyWarps);
         const int64_t parts_cost = parts > 1 ? 12 + 2 * parts : 0;
-        const int64_t cost = waves * (turns + plan.slices * problem.M / kTokens + kBlockCost) + parts_cost;
+        const int64_t x_cost = plan.slices * (problem.M + kTokens) / kTokens;
+        const int64_t cost = waves * (turns + x_cost + kBlockCost) + parts_cost;
         if (best.tiles == 0 || cost < least) best = plan, least = cost;
       }
     }
@@ -89,7 +92,7 @@ void launch_stream(const OnePass& problem, const Nf4& weight, const StreamPlan& 
                    cudaStream_t stream) {
   launch_overlapping("nf4_stream_kernel", nf4_stream_kernel<T, kTokenTiles, kStages>,
                      static_cast<unsigned>(plan.places * plan.parts), plan.tiles * plan.groups * 32,
-                     x_bytes(plan, problem.M) + ring_bytes<kStages>(plan), stream, problem, weight,
+                     Places<kStages>::bytes(plan, problem.M), stream, problem, weight,
                      log2_of(weight.block_size), plan, branch_vectors(problem), workspace, counters);
 }
 

@@ -2,7 +2,7 @@
 //
 // The product is computed as W X^T: rows of W are the rows of the tensor cores' products, tokens their columns.
 //
-// Places. A lane holds of each of two rows a run of 64 codes along K, which have one scale: nf4_bytes.cuh says how they
+// Places. A lane holds of each of two rows a run of 64 codes along K, which have one scale: nf4_pairs.cuh says how they
 // are decoded. The order of K within a product is free, so a product takes four neighbours of the run of each of the four
 // lanes of a row, and of X what belongs to them.
 //
@@ -14,7 +14,9 @@
 // S is the launch before. This one does not wait for its end before it needs S, when all of the weight has been read.
 #pragma once
 
+#include "nf4_stream_branch.cuh"
 #include "nf4_stream_tile.cuh"
+#include "nf4_sums.cuh"
 
 namespace lora_kernels {
 
@@ -23,38 +25,40 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
     nf4_stream_kernel(const OnePass p, const Nf4 weight, int log2_block, const StreamPlan plan, bool branch_vectors,
                       float* workspace, int* counters) {
   using namespace nf4_stream_tile;
-  __shared__ float map[kNestedBlock];
+  __shared__ float map[kNestedBlock], values[16];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tokens = static_cast<int>(p.M);
   const int tile = warp / plan.groups, group = warp % plan.groups;
   const int part = blockIdx.x % plan.parts, place = blockIdx.x / plan.parts;
-  unsigned char* x = dynamic_shared();
-  unsigned char* rings = x + x_bytes(plan, p.M);
-  unsigned char* ring = rings + warp * kStages * kTileBytes;
+  const Places<kStages> places(dynamic_shared(), plan);
+  unsigned char *x = places.x(), *ring = places.ring(warp);
 
   const int64_t block_row = static_cast<int64_t>(place) * plan.tiles * kRows, row = block_row + tile * kRows;
   const int64_t k0 = static_cast<int64_t>(part) * plan.slices * kSlice, left = divide_up(p.K - k0, int64_t{kSlice});
   const int slices = left < plan.slices ? static_cast<int>(left) : plan.slices;
   const int turns = row < p.N ? (slices - group + plan.groups - 1) / plan.groups : 0;
 
-  copy_x<T>(x, p, k0, slices, place % slices);
-  commit_copies();
+  // The weight's first slices are asked for before X, which is soon in L2.
+  Scales scales(weight, row, k0 + group * kSlice, plan.groups * kSlice, lane);
+  scales.load(weight, log2_block);
   TileCopies copies(weight, row, k0 + group * kSlice, plan.groups * kSlice, lane);
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
     if (i < turns) copies.next(ring + i * kTileBytes);
     commit_copies();
   }
-  Scales scales(weight, row, k0 + group * kSlice, plan.groups * kSlice, lane);
-  scales.load(weight, log2_block);
+  copy_x<T>(x, p, k0, slices, place % slices);
+  commit_copies();
   const bool nested = weight.nested_absmax != nullptr, up_is_float = p.up.dtype == DType::kFloat32;
   const float offset = nested ? *weight.offset : -0.0f;
+  fill_table(values);
+  fill_pairs(places.table, values);
   for (int i = threadIdx.x; i < kNestedBlock; i += blockDim.x) map[i] = nested ? weight.nested_map[i] : 0.0f;
   // What the end reads, which comes from memory else when nothing is left to hide it.
   for (int i = threadIdx.x; i < plan.tiles * kRows; i += blockDim.x) {
     const int64_t n = block_row + i;
     if (n < p.N) prefetch(static_cast<const char*>(p.up.data) + n * p.up.column_stride * (up_is_float ? 4 : 2));
   }
-  wait_copies<kStages - 1>();
+  wait_copies<0>();
   __syncthreads();
 
   // Columns that are no token's repeat the last one's: nobody looks at them.
@@ -63,10 +67,11 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
   for (int j = 0; j < kTokenTiles; ++j) token_of[j] = j * 8 + lane / 4 < tokens ? j * 8 + lane / 4 : tokens - 1;
   float acc[kTokenTiles][4] = {};
   const int tile_first = tile_place(lane / 4, lane % 4 * 2);
+  const uint32_t pairs = pairs_of_lane(lane);
   for (int turn = 0, stage = 0; turn < turns; ++turn) {
-    ByteTable table[2];
+    float scale[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) table[half] = make_table<T>(scales.get(half, nested, map, offset));
+    for (int half = 0; half < 2; ++half) scale[half] = scales.get(half, nested, map, offset);
     if (turn + 1 < turns) scales.load(weight, log2_block);
     wait_copies<kStages - 2>();
     // What the lanes copied is here, and what they read of the slice before need not stay.
@@ -100,8 +105,8 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         uint32_t upper[4], lower[4];
-        look_up(upper, table[0], reinterpret_cast<const uint32_t*>(&words[run_half][0])[word]);
-        look_up(lower, table[1], reinterpret_cast<const uint32_t*>(&words[run_half][1])[word]);
+        look_up_pairs<T>(upper, pairs, scale[0], reinterpret_cast<const uint32_t*>(&words[run_half][0])[word]);
+        look_up_pairs<T>(lower, pairs, scale[1], reinterpret_cast<const uint32_t*>(&words[run_half][1])[word]);
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           const uint32_t* b = reinterpret_cast<const uint32_t*>(&x_words[word][j]);
@@ -114,6 +119,16 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
       }
     }
   }
+  if (part == 0 && group == 0) {
+    const auto branch = [&](auto s_number, auto u_number) {
+      add_branch<T, decltype(s_number), decltype(u_number)>(acc, p, row, branch_vectors, token_of, lane);
+    };
+    if (p.precision == Precision::kSplit) {
+      branch(float(), float());
+    } else {
+      up_is_float ? branch(T(), float()) : branch(T(), T());
+    }
+  }
   // A warp's copies are all used, and nobody else reads its ring.
   __syncwarp();
   store_sums<kTokenTiles>(ring, acc, lane);
@@ -122,9 +137,12 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
   // A thread has a row of the block, of which every step-th token.
   const int rows = plan.tiles * kRows, step = plan.groups * 2, mine = threadIdx.x % rows, first = threadIdx.x / rows;
   const int64_t n = block_row + mine;
-  const unsigned char* sums = rings + mine / kRows * plan.groups * kStages * kTileBytes;
   const auto sum_of = [&](int token) {
-    return add_sums(sums, plan.groups, kStages * kTileBytes, mine % kRows, token);
+    float sum = 0.0f;
+    for (int i = 0; i < plan.groups; ++i) {
+      sum += *sum_place(places.ring(mine / kRows * plan.groups + i), mine % kRows, token);
+    }
+    return sum;
   };
   float* parts = workspace + static_cast<int64_t>(place) * plan.parts * rows * tokens + mine;
   if (plan.parts > 1) {
@@ -133,25 +151,9 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
   }
   if (n >= p.N) return;
   const float bias = p.bias == nullptr ? 0.0f : load_number(p.bias, p.bias_dtype, n);
-  const int rank = static_cast<int>(p.R);
-  const auto branch = [&](auto s_number, auto u_number, auto rounded, int token) {
-    using S = decltype(s_number);
-    using U = decltype(u_number);
-    return branch_element<S, U, decltype(rounded)>(static_cast<const S*>(p.s) + token * rank,
-                                                   static_cast<const U*>(p.up.data) + n * p.up.column_stride,
-                                                   p.up.row_stride, rank, branch_vectors);
-  };
-  wait_for_launch_before();
   for (int token = first; token < tokens; token += step) {
-    float sum = bias + (plan.parts > 1 ? add_parts(parts + token * rows, plan.parts, tokens * rows) : sum_of(token));
-    if (p.precision == Precision::kSplit) {
-      sum += branch(float(), float(), float(), token);
-    } else if (up_is_float) {
-      sum += branch(T(), float(), T(), token);
-    } else {
-      sum += branch(T(), T(), T(), token);
-    }
-    static_cast<T*>(p.out)[token * p.N + n] = from_float<T>(sum);
+    const float sum = plan.parts > 1 ? add_parts(parts + token * rows, plan.parts, tokens * rows) : sum_of(token);
+    static_cast<T*>(p.out)[token * p.N + n] = from_float<T>(bias + sum);
   }
 }
 

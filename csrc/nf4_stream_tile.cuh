@@ -1,9 +1,8 @@
-// What nf4_stream.cuh is made of: copies of X and of tiles, their scales, and the branch.
+// What nf4_stream.cuh is made of: copies of X and of tiles, and their scales.
 #pragma once
 
-#include "nf4_bytes.cuh"
+#include "nf4_pairs.cuh"
 #include "nf4_stream.h"
-#include "nf4_sums.cuh"
 
 namespace lora_kernels {
 namespace nf4_stream_tile {
@@ -14,22 +13,53 @@ constexpr int kMostThreads = 512;
 constexpr int kThreadsBeside = 128;
 // Of a tile, a slice of it.
 constexpr int kRowBytes = kSlice / 2, kTileBytes = kRows * kRowBytes;
-// Of a slice of X, one token.
-constexpr int kTokenBytes = kSlice * 2;
+// Of a slice of X, the same chunk of all tokens is followed by 16 bytes that nobody reads: a warp's copies, eight chunks of
+// a token beside one another, lie in different banks.
+constexpr int kChunks = 8;
+__host__ __device__ inline int chunk_bytes(int64_t tokens) {
+  return static_cast<int>(tokens) * (kSlice / kChunks * 2) + 16;
+}
 
-// In shared memory a block has its part of X, and for each warp the tiles under way, that in use among them.
+// Of the block's part of X.
 __host__ __device__ inline int64_t x_bytes(const StreamPlan& plan, int64_t tokens) {
-  return plan.slices * tokens * kTokenBytes;
+  return int64_t{plan.slices} * kChunks * chunk_bytes(tokens);
 }
+
+// What lies where in a block's dynamic memory. Each warp has a ring for the tiles under way, that in use among them. As many
+// rings as have room lie before the table of pairs, whose address is given; the others behind it, and then X.
 template <int kStages>
-__host__ __device__ inline int ring_bytes(const StreamPlan& plan) {
-  return plan.tiles * plan.groups * kStages * kTileBytes;
-}
+struct Places {
+  static constexpr int kRingBytes = kStages * kTileBytes;
+  // Before dynamic memory there are a map of scales, little else, and on some chips 1 KB that is the chip's.
+  static constexpr int kLeastBefore = kNestedBlock * 4, kOwnBytes = kLeastBefore + 128, kMostBefore = kOwnBytes + 1024;
+  static constexpr int kRingsBefore = (kPairsAddress - kMostBefore) / kRingBytes;
+  unsigned char *front, *table;
+  int rings;
+
+  __device__ Places(unsigned char* memory, const StreamPlan& plan)
+      : front(memory), table(memory + kPairsAddress - shared_address(memory)), rings(plan.tiles * plan.groups) {}
+
+  __device__ unsigned char* ring(int warp) const {
+    return warp < kRingsBefore ? front + warp * kRingBytes : behind() + (warp - kRingsBefore) * kRingBytes;
+  }
+  __device__ unsigned char* x() const {
+    return behind() + (rings > kRingsBefore ? rings - kRingsBefore : 0) * kRingBytes;
+  }
+
+  // Of dynamic memory, at most.
+  static int64_t bytes(const StreamPlan& plan, int64_t tokens) {
+    const int warps = plan.tiles * plan.groups, rings_behind = warps > kRingsBefore ? warps - kRingsBefore : 0;
+    return kPairsAddress - kLeastBefore + kPairsBytes + int64_t{rings_behind} * kRingBytes + x_bytes(plan, tokens);
+  }
+
+ private:
+  __device__ unsigned char* behind() const { return table + kPairsBytes; }
+};
 
 // Where 16 bytes of X lie, [slice, chunk, token, quarter]: the lanes of a warp, four quarters for each of eight tokens,
 // read the same chunk of their quarters at a time, side by side.
 __device__ inline int x_place(int slice, int chunk, int tokens, int token, int quarter) {
-  return (((slice * 8 + chunk) * tokens + token) * 4 + quarter) * 16;
+  return (slice * kChunks + chunk) * chunk_bytes(tokens) + (token * 4 + quarter) * 16;
 }
 
 // All of a block's part of X, zeros behind K. Blocks that start at the same time start with different slices: the same
@@ -42,7 +72,7 @@ __device__ inline void copy_x(unsigned char* memory, const OnePass& p, int64_t k
     const int64_t k = k0 + piece * 8;
     const bool inside = k < p.K;
     const T* source = static_cast<const T*>(p.x.data) + (inside ? k : 0);
-    unsigned char* target = memory + x_place(piece / 32, piece % 8, tokens, 0, piece / 8 % 4);
+    unsigned char* target = memory + x_place(piece / 32, piece % kChunks, tokens, 0, piece / kChunks % 4);
 #pragma unroll 4
     for (int token = 0; token < tokens; ++token) {
       copy_async(target, source, inside);
@@ -117,31 +147,6 @@ struct Scales {
     return __fadd_rn(__fmul_rn(value, nested[half]), offset);
   }
 };
-
-// An element of S U: a row of S, which the launch before wrote, and a column of U. `vectors` promises that both are whole
-// groups of eight that start on 16 bytes.
-template <class S, class U, class T>
-__device__ inline float branch_element(const S* s, const U* u, int64_t u_stride, int rank, bool vectors) {
-  float sum = 0.0f;
-  if (!vectors) {
-    for (int r = 0; r < rank; ++r) {
-      sum = fmaf(to_float(__ldcg(s + r)), to_float(from_float<T>(to_float(u[r * u_stride]))), sum);
-    }
-    return sum;
-  }
-#pragma unroll 2
-  for (int r = 0; r < rank; r += 8) {
-    Eight<S> left;
-#pragma unroll
-    for (int part = 0; part < static_cast<int>(sizeof(left) / 16); ++part) {
-      reinterpret_cast<uint4*>(&left)[part] = __ldcg(reinterpret_cast<const uint4*>(s + r) + part);
-    }
-    const Eight<T> right = load_eight_as<T>(u + r, dtype_of<U>(), 0, 1, 8, true);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum = fmaf(to_float(left.value[i]), to_float(right.value[i]), sum);
-  }
-  return sum;
-}
 
 }  // namespace nf4_stream_tile
 

@@ -14,13 +14,17 @@ __device__ inline void store_sums(unsigned char* memory, const float (&acc)[kTok
   }
 }
 
-// An element of it, added over `count` warps in their order.
-__device__ inline float add_sums(const unsigned char* memory, int count, int bytes_apart, int row, int token) {
+// An element of it.
+__device__ inline const float* sum_place(const unsigned char* memory, int row, int token) {
   const int place = (token / 8 * 32 + row % 8 * 4 + token % 8 / 2) * 4 + row / 8 * 2 + token % 2;
-  memory += place * 4;
+  return reinterpret_cast<const float*>(memory) + place;
+}
+
+// That of `count` warps whose memory is `bytes_apart`, added in their order.
+__device__ inline float add_sums(const unsigned char* memory, int count, int bytes_apart, int row, int token) {
   float sum = 0.0f;
 #pragma unroll 4
-  for (int i = 0; i < count; ++i, memory += bytes_apart) sum += *reinterpret_cast<const float*>(memory);
+  for (int i = 0; i < count; ++i) sum += *sum_place(memory + i * bytes_apart, row, token);
   return sum;
 }
 

@@ -26,6 +26,9 @@ __device__ inline half from_float<half>(float x) { return __float2half_rn(x); }
 template <>
 __device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 
+// A float32 is its rounding to bfloat16 and this, to 16 bits.
+__device__ inline bf16 low_part(float x) { return from_float<bf16>(x - to_float(from_float<bf16>(x))); }
+
 template <class T>
 __host__ __device__ constexpr DType dtype_of();
 template <>

@@ -84,9 +84,6 @@ struct Loader {
   }
 };
 
-// A float32 is its rounding to bfloat16 and this, to 16 bits.
-__device__ inline bf16 low_part(float x) { return from_float<bf16>(x - to_float(from_float<bf16>(x))); }
-
 // A tile [128, kBranch] of S or U^T for `ranks` ranks, a multiple of 16; `from` starts at it, and has `rows` and
 // `left` ranks. Where they are split, 16 ranks take 48 columns: S high, low, high beside U high, high, low. What is
 // left out is below 2^-16 of the product. kLow is where the low parts go.

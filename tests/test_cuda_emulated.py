@@ -207,8 +207,12 @@ def test_streams_few_tokens(size: tuple[int, int, int, int]) -> None:
         (replace(plain, dtype=FP16, strided_x=True), "native", mask),
         (replace(plain, adapter_dtype=FP32), "rounded", mask),
         (replace(plain, adapter_dtype=FP32), "split", None),
+        (replace(plain, dtype=FP16, adapter_dtype=FP32), "split", mask),
     ):
         t = case.tensors(CPU)
+        if dropout is None:
+            # Of other strides.
+            t = replace(t, lora_B=t.lora_B.T.contiguous().T)
         base, keep = weight.dequantize(case.dtype), None if dropout is None else dropout.keep(case.M, case.K)
         p = 0.0 if dropout is None else drop_threshold(dropout.p) / 65536
         scale = case.scaling / (1 - p)
@@ -222,6 +226,21 @@ def test_streams_few_tokens(size: tuple[int, int, int, int]) -> None:
         peft = peft_sequence(t.x, base, lora_A, lora_B, case.scaling, t.bias, keep, p)
         rounded_s = torch.nn.functional.linear(kept.to(dtype), lora_A) * scale
         assert_as_exact_as_peft({"y": y, "s": s}, {"y": peft, "s": rounded_s}, {"y": exact, "s": exact_s})
+
+
+def test_long_rows_stream_where_shared_memory_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulation has the 99 KB of compute capability 8.6, where X of 16 tokens is then in many parts."""
+    t = Case(16, 20480, 16, 8, BF16).tensors(CPU)
+    weight = NF4Weight.quantize(t.weight)
+    arguments = (t.x, weight, t.lora_A, t.lora_B, None, 2.0, None, "native", False)
+    y, _ = cuda.forward(*arguments)
+    d = t.double()
+    want = lora_linear_reference(d.x, weight.dequantize(BF16).double(), d.lora_A, d.lora_B, scaling=2.0)
+    torch.testing.assert_close(y.double(), want, rtol=0.01, atol=0.01 * want.abs().max().item())
+    # No other kernel of a packed weight has counters.
+    monkeypatch.setattr(cuda, "zeros_for", lambda device, count: torch.zeros(0, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="too few counters"):
+        cuda.forward(*arguments)
 
 
 def awkward(N: int, K: int, block_size: int, dtype: torch.dtype) -> NF4Weight:

@@ -16,6 +16,14 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t digits) {
   return bytes;
 }
 
+inline float2 load_shared_pair(uint32_t address) {
+  float2 pair;
+  const uint32_t place = address - kDynamicAddress;
+  emulation::require(place % sizeof(pair) == 0 && place < sizeof(dynamic_memory));
+  std::memcpy(&pair, dynamic_memory + place, sizeof(pair));
+  return pair;
+}
+
 template <class T>
 inline uint32_t round_pair(float low, float high, T) {
   const T pair[2] = {from_float<T>(low), from_float<T>(high)};

@@ -11,6 +11,12 @@ alignas(16) inline unsigned char dynamic_memory[1 << 17];
 
 inline unsigned char* dynamic_shared() { return dynamic_memory; }
 
+// Before it lies what has a size that the compiler knows.
+constexpr uint32_t kDynamicAddress = 2048;
+inline uint32_t shared_address(const void* pointer) {
+  return kDynamicAddress + static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - dynamic_memory);
+}
+
 inline void copy_async(void* target, const void* source, bool inside) {
   emulation::require(emulation::on_16_bytes(target) && emulation::on_16_bytes(source));
   if (inside) {
