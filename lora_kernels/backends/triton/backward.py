@@ -40,8 +40,8 @@ def backward_kernel(
     stride_dym, stride_w, stride_xm, stride_bn, stride_br, stride_ar, stride_ak,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
     GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, DOWN_ALIGN: tl.constexpr,
-    UP_ALIGN: tl.constexpr, ALONE: tl.constexpr, SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
+    UP_ALIGN: tl.constexpr, ALONE: tl.constexpr, SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
     WANT_A: tl.constexpr, WANT_B: tl.constexpr, GRAD_M: tl.constexpr, GRAD_C: tl.constexpr, GRAD_STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], dy [M, N], the weight as [N, K] or, if W_IS_NK, as [K, N]; T and S [M, R] contiguous.
@@ -52,7 +52,8 @@ def backward_kernel(
     all_tiles(dy_ref, w_ref, dx_ref, lora_b_ptr, lora_a_ptr, None, t_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr, scale,
               spin_limit, M, K, N, R, n_parts, shares, sharers, dy_stays, stride_dym, stride_w, K, stride_bn,
               stride_br, stride_ar, stride_ak, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, OWN_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN,
-              DOWN_ALIGN, UP_ALIGN, ALONE, SHARE_STAGES, W_IS_NK, False, MASKED, False, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
+              DOWN_ALIGN, UP_ALIGN, ALONE, SHARE_STAGES, W_IS_NK, False, MASKED, False, SPLIT, PRECISION, USE_TMA, DTYPE,
+              FLATTEN)  # fmt: skip
 
     row_tiles = tl.cdiv(M, BLOCK_M)
     sums_ptr = workspace_ptr + row_tiles.to(tl.int64) * (n_parts * RANK_CHUNKS) * (BLOCK_M * BLOCK_R)

@@ -35,9 +35,9 @@ def group_forward_kernel(
     mask0_ptr, mask1_ptr, mask2_ptr, scale0_ptr, scale1_ptr, scale2_ptr, workspace_ptr, sync_ptr,
     scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts, shares, x_stays,
     stride_xm, stride_w0, stride_w1, stride_w2,
-    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
-    GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, W_IS_NK: tl.constexpr, MASK_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    OWN_R: tl.constexpr, GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, W_IS_NK: tl.constexpr,
+    MASK_X: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """x_ref [M, K], each w_ref ([N_i, K] if W_IS_NK, else [K, N_i]) and out_ref [M, N_i] are TMA descriptors if USE_TMA,
@@ -181,8 +181,8 @@ def _finish_member_tile(
     stored, acc, member, pid_m, pid_n, x_ref, out0_ref, out1_ref, out2_ref, down0_ptr, down1_ptr, down2_ptr, up0_ptr,
     up1_ptr, up2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, s0_ptr, s1_ptr, s2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, sync_ptr,
     counters, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_tiles, k_parts, stride_xm,
-    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
-    RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    OWN_R: tl.constexpr, RANK_CHUNKS: tl.constexpr, MASK_X: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """finish_tile with what belongs to the tile's member. Returns `stored` with that member's bit."""

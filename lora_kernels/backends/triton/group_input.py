@@ -133,9 +133,9 @@ def _finish_dx_tile(
     all_stored, acc, pid_m, pid_n, out_ref, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr, up0_ptr, up1_ptr,
     up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr, total_ptr, scale0, scale1, scale2,
     spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2,
-    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
-    BLOCK_U: tl.constexpr, RANK_CHUNKS: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    OWN_R: tl.constexpr, BLOCK_U: tl.constexpr, RANK_CHUNKS: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Adds what the adapters give to a finished sum of dy_i W_i and writes it; as finish_tile of the one-pass kernel."""
     CHUNKS: tl.constexpr = MEMBERS * RANK_CHUNKS
@@ -175,9 +175,9 @@ def group_input_kernel(
     scale0_ptr, scale1_ptr, scale2_ptr, workspace_ptr, sync_ptr, scale0, scale1, scale2, spin_limit,
     M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, shares, dy_stays,
     stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
-    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, OWN_R: tl.constexpr,
-    BLOCK_U: tl.constexpr, GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr, ALIGNED: tl.constexpr,
-    W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    OWN_R: tl.constexpr, BLOCK_U: tl.constexpr, GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr,
+    ALIGNED: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
     DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out_ref [M, K], each dy_ref [M, N_i] and w_ref ([K, N_i] if W_IS_NK, else [N_i, K]) are TMA descriptors if USE_TMA,

@@ -62,8 +62,9 @@ def all_tiles(
 
     x_ref [M, K], w_ref ([N, K] if W_IS_NK, else [K, N]) and out_ref [M, N] are TMA descriptors if USE_TMA, else
     pointers. x_stays: whether L2 holds X. RANK_ALIGN divides R, DOWN_ALIGN stride_dk, UP_ALIGN stride_un: Triton itself asks
-    only whether 16 does, and loads of D and U would be of one number each at rank 8. sync_ptr holds, all zero: the count of finished programs,
-    that of complete chunks of S, the same for each row block, and a count of parts for each row block and chunk.
+    only whether 16 does, and loads of D and U would be of one number each at rank 8. OWN_R: compute_s in sharing.py has it.
+    sync_ptr holds, all zero: the count of finished programs, that of complete chunks of S, the same for each row block, and
+    a count of parts for each row block and chunk.
     """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -195,7 +196,8 @@ def one_pass_kernel(
     all_tiles(x_ref, w_ref, out_ref, down_ptr, up_ptr, bias_ptr, s_ptr, workspace_ptr, sync_ptr, mask_ptr, scale_ptr, scale,
               spin_limit, M, N, K, R, k_parts, shares, sharers, x_stays, stride_xm, stride_w, stride_om, stride_dk,
               stride_dr, stride_ur, stride_un, stride_sm, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, OWN_R, GROUP_M, RANK_CHUNKS, RANK_ALIGN,
-              DOWN_ALIGN, UP_ALIGN, ALONE, SHARE_STAGES, W_IS_NK, MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE, FLATTEN)  # fmt: skip
+              DOWN_ALIGN, UP_ALIGN, ALONE, SHARE_STAGES, W_IS_NK, MASK_X, MASK_OUT, HAS_BIAS, SPLIT, PRECISION, USE_TMA, DTYPE,
+              FLATTEN)  # fmt: skip
     tl.debug_barrier()
     if tl.atomic_add(sync_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         put_back(sync_ptr, counters_of_tiles(M, BLOCK_M, RANK_CHUNKS))
