@@ -26,6 +26,8 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
                       float* workspace, int* counters) {
   using namespace nf4_stream_tile;
   __shared__ float map[kNestedBlock], values[16];
+  // Beside them, what is_last has.
+  static_assert(sizeof(map) + sizeof(values) + 16 <= Places<kStages>::kOwnBytes, "rings would reach into the table");
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tokens = static_cast<int>(p.M);
   const int tile = warp / plan.groups, group = warp % plan.groups;
   const int part = blockIdx.x % plan.parts, place = blockIdx.x / plan.parts;
