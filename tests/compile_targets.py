@@ -44,6 +44,7 @@ def compile_one(build: Build) -> dict[str, Any]:
         "reshaped": "memdesc_reshape" in compiled.asm["ttgir"],
         "moved": _moved(build, compiled.asm["ttgir"]),
         "by_number": _by_number(build, compiled.asm),
+        "in_pairs": _in_pairs(build, compiled.asm),
         "pipelined": not build.aligned or compiled.metadata.shared >= _stages(build),
     }
 
@@ -94,6 +95,14 @@ def _by_number(build: Build, asm: dict[str, Any]) -> int:
     if build.masked or build.eights or not build.aligned or ITEMSIZE[build.dtype] != 2:
         return 0
     return len(re.findall(r"ld\.global[.\w:]*\.b16\b", asm.get("ptx", "")))
+
+
+def _in_pairs(build: Build, asm: dict[str, Any]) -> bool:
+    """Whether a mask on 16-bit X is applied to two numbers at a time, wherever there is one."""
+    masks_x = build.forward or build.kernel == "backward"
+    if build.capability == GFX942 or not (build.masked and masks_x) or ITEMSIZE[build.dtype] != 2:
+        return True
+    return "0xffbb" in asm["ptx"]
 
 
 def _stages(build: Build) -> int:

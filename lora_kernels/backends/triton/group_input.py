@@ -83,8 +83,7 @@ def _add_all_up(acc, stored, row0, column0, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t
         times = tl.maximum(tl.cdiv((MEMBERS - 1) * SLOT + (R2 if MEMBERS == 3 else R1), BLOCK_U), 1)
     for index in tl.range(0, times, num_stages=1):
         if BLOCK_U <= SLOT:
-            # Of one member.
-            # Written so that a multiple of BLOCK_U can be seen in r0: T would be loaded number by number.
+            # Of one member. Written so that a multiple of BLOCK_U can be seen in r0, or T would be loaded number by number.
             PIECES: tl.constexpr = SLOT // BLOCK_U
             member, r0 = index // PIECES, index % PIECES * BLOCK_U
             R = member_number(member, R0, R1, R2, MEMBERS)
@@ -177,13 +176,13 @@ def group_input_kernel(
     stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     OWN_R: tl.constexpr, BLOCK_U: tl.constexpr, GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr,
-    ALIGNED: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr,
-    DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
+    ALIGNED: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out_ref [M, K], each dy_ref [M, N_i] and w_ref ([K, N_i] if W_IS_NK, else [N_i, K]) are TMA descriptors if USE_TMA,
     else pointers; down is lora_B, up is lora_A, and these, t [M, R_i] and out are contiguous. With two members, what is
     the third's is None or 0. K counts the columns of dx: a step of the main loop is one of some N_i. dy_stays: whether
-    L2 holds all dy_i. RANK_ALIGN divides each R_i, and of ALIGNED _load_side_by_side knows.
+    L2 holds all dy_i. RANK_ALIGN divides each R_i; _load_side_by_side says what ALIGNED is.
 
     sync_ptr holds, all zero: the count of finished programs, that of complete chunks of T, the same for each row
     block, and a count of parts for each row block and chunk.

@@ -289,8 +289,8 @@ def settle(
         w_block = (tiles.block_n, tiles.block_k) if w_is_nk else (tiles.block_k, tiles.block_n)
         blocks = ((tiles.block_m, tiles.block_k), w_block, (tiles.block_m, tiles.block_n // 2))
     kind = (
-        device, dtype, precision, K, N, R, tiles, plan.shared, plan.sharers > 0, plan.flat, w_is_nk, left.stride(0), stored_w.stride(0),
-        down.stride(), up.stride(), down.dtype, alignment(left, stored_w, down, up),
+        device, dtype, precision, K, N, R, tiles, plan.shared, plan.sharers > 0, plan.flat, w_is_nk, left.stride(0),
+        stored_w.stride(0), down.stride(), up.stride(), down.dtype, alignment(left, stored_w, down, up),
     )  # fmt: skip
     return Settled(plan, stored_w.stride(0), options, blocks, kind)
 
