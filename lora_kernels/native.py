@@ -46,8 +46,8 @@ linear: Callable[..., Tensor | bool | None] | None = None
 group: Callable[..., list[Tensor] | bool | None] | None = None
 gated: Callable[..., Tensor | bool | None] | None = None
 _device_type = "cuda"
-# The launch of a product that decodes its weight itself.
-_DECODES = "nf4_product"
+# The launch of a product that decodes its weight itself, and those of products whose rank is large.
+_DECODES, _WIDE = "nf4_product", ["products", "products"]
 # Triton unloads kernels that nobody holds; the extension holds their addresses.
 _kernels: set[Any] = set()
 
@@ -133,9 +133,9 @@ def _backward(
     with noting(learn, backend, dy) as made:
         gradients = backward_of(backend, wanted, saved, dy, scale, p, precision, adapter_dtype, bias_dtype)
     names = [*_decoding(saved.weight), *_drawing(p, 1)] if wanted.x else []
-    adapters = wanted.lora_A or wanted.lora_B
-    product, grads = ["one_pass"] if wanted.x else [], ["adapter_grads"] if adapters else []
-    ways = [[*names, *product, *grads], [*names, "backward"]]
+    grads = ["adapter_grads"] if wanted.lora_A or wanted.lora_B else []
+    products = [["one_pass"], _WIDE] if wanted.x else [[]]
+    ways = [*([*names, *made_of, *grads] for made_of in products), [*names, "backward"]]
     return (*gradients, None if made is None else _handed_over(made, *ways))
 
 
@@ -162,18 +162,21 @@ def _group_backward(
     settled = [Constants(scale, p, own, adapter_dtype, None) for scale, own in zip(scales, precisions, strict=True)]
     saved = GroupSaved(shared[-1], tuple(kept[: len(group.backends)]))
     count = len(group.backends)
-    names = [*_decoding(*weights[:count]), *_drawing(p, count), "group_input", "group_grads"]
+    before = [*_decoding(*weights[:count]), *_drawing(p, count)]
+    grads = ["group_grads"], ["adapter_grads"] * count
+    ways = [[*before, *made_of, *then] for made_of, then in product((["group_input"], _WIDE), grads)]
     with noting(learn, group.backends[0], shared[-1]) as made:
         if isinstance(plan, GatedPlan):
             (g, u, _), dy = shared, dys[0]
             assert dy is not None
             dx, gradients = autograd_gated.backward(plan, needs, saved, kept[2], g, u, dy, settled)
-            before = [*_decoding(weights[2]), *_drawing(p, 1), "one_pass", "gated_backward", "adapter_grads"]
-            names = [*before, *names]
+            down = [*_decoding(weights[2]), *_drawing(p, 1)]
+            through = [[*down, *made_of, "gated_backward", "adapter_grads"] for made_of in (["one_pass"], _WIDE)]
+            ways = [[*first, *then] for first, then in product(through, ways)]
         else:
             dx, gradients = autograd_group.backward(plan, needs, saved, dys, settled)
     adapters = [t for dA, dB, _ in gradients for t in (dA, dB)]
-    return (dx, *adapters, None if made is None else _handed_over(made, names))
+    return (dx, *adapters, None if made is None else _handed_over(made, *ways))
 
 
 def _saved_layer(
@@ -200,9 +203,10 @@ def _drawing(p: float, count: int) -> list[str]:
 
 
 def _products(name: str, p: float, *weights: Weight | None) -> list[list[str]]:
-    """The launches that a forward's product with these weights may be: one, or, with NF4 weights, one for each."""
+    """The launches that a forward's product with these weights may be: one, two, or, with NF4 weights, one for each."""
     decoding = _decoding(*weights)
-    together = [[*decoding, *_drawing(p, len(weights)), name]]
+    before = [*decoding, *_drawing(p, len(weights))]
+    together = [[*before, name], [*before, *_WIDE]]
     each = [*_drawing(p, 1), _DECODES]
     return together if len(decoding) < len(weights) else [*together, each * len(weights)]
 

@@ -110,6 +110,7 @@ class FakeDriver:
         self.mask = FakeKernel(self, "mask", (2, 3))
         self.one_pass = FakeKernel(self, "one_pass", (12, 13, 17, 18, 19, 20))
         self.few_rows = FakeKernel(self, "few_rows", (12, 16, 17))
+        self.products = FakeKernel(self, "products", (24, *range(34, 40)))
         self.adapter_grads = FakeKernel(self, "adapter_grads", (9, 15, 16))
         self.backward = FakeKernel(self, "backward", (16, 17, *range(21, 27)))
         self.group_forward = FakeKernel(self, "group_forward", (30, 31, 39, 40, 41))

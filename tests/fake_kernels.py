@@ -94,6 +94,22 @@ def _few_rows(dtypes: Dtypes, options: Options, a: Arguments) -> None:
     out.copy_(total)
 
 
+def _products(dtypes: Dtypes, options: Options, a: Arguments) -> None:
+    M, matrix, pairs = a[24], _Matrices(dtypes, a), options["PAIRS"]
+    for i in range(options["MEMBERS"]):
+        N, total = a[25 + i], torch.zeros(1, dtype=torch.float64)
+        for pair in range(i * pairs, (i + 1) * pairs):
+            L, transposed = a[28 + pair], options["RIGHT_IS_NK"]
+            left, shape = matrix(3 + 2 * pair, M, L, a[40 + pair]), (N, L) if transposed else (L, N)
+            stored = matrix(4 + 2 * pair, *shape, a[46 + pair]).double()
+            total = total + left.double() @ (stored.T if transposed else stored)
+        if pairs == 1:
+            total *= matrix.scale(18 + i, 21 + i)
+        if options["HAS_BIAS"]:
+            total += matrix(15 + i, 1, N).double()
+        matrix(i, M, N).copy_(total)
+
+
 def _adapter_grads(dtypes: Dtypes, options: Options, a: Arguments) -> None:
     M, K, N, R = a[9], a[10], a[11], a[12]
     matrix = _Matrices(dtypes, a)
@@ -227,6 +243,7 @@ KERNELS: dict[str, Callable[[Dtypes, Options, Arguments], None]] = {
     "mask": _mask,
     "one_pass": _one_pass,
     "few_rows": _few_rows,
+    "products": _products,
     "adapter_grads": _adapter_grads,
     "backward": _backward,
     "group_forward": _group_forward,

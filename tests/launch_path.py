@@ -74,6 +74,7 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
         launches,
         mask_launch,
         nf4_launch,
+        wide_ranks,
     )
     from lora_kernels.backends.triton import tiles as tiles_module
     from lora_kernels.backends.triton.tiles import Chip
@@ -94,6 +95,9 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
         (mask_launch, "_launches", {}),
         (launch, "one_pass_kernel", driver.one_pass),
         (few_rows_launch, "few_rows_kernel", driver.few_rows),
+        (wide_ranks, "products_kernel", driver.products),
+        (wide_ranks, "_launches", {}),
+        (wide_ranks, "chip_of", lambda device: chip),
         (backward_launch, "adapter_grads_kernel", driver.adapter_grads),
         (backward_launch, "backward_kernel", driver.backward),
         (backward_launch, "_launches", {}),
@@ -140,6 +144,15 @@ def few_rows(path: LaunchPath, monkeypatch: pytest.MonkeyPatch) -> LaunchPath:
     from lora_kernels.backends.triton import tiles
 
     monkeypatch.setattr(tiles, "MOST_FEW_ROWS", 16)
+    return path
+
+
+@pytest.fixture
+def wide_ranks(path: LaunchPath, monkeypatch: pytest.MonkeyPatch) -> LaunchPath:
+    """The launch path, where ranks from 16 on are large, whatever the rows."""
+    from lora_kernels.backends.triton import wide_ranks
+
+    monkeypatch.setattr(wide_ranks, "is_wide_rank", lambda rows, rank: rank >= 16)
     return path
 
 

@@ -54,6 +54,14 @@ inline void launch_group(Launching& launching, const Tensor& like, Arguments& ar
 // y_i = x W_i^T + S_i B_i^T + b_i and S_i = scale_i * mask_i(x) A_i^T: group_launch.py's forward.
 inline void launch_group_forward(Launching& launching, const Tensor& x, const Members& members, const OfMembers& ys,
                                  const OfMembers& ss) {
+  if (launching.is_wide()) {
+    WideLayers layers;
+    for (size_t i = 0; i < members.count; ++i) {
+      layers[i] = {x, members.weight[i], members.lora_A[i], members.lora_B[i], members.bias[i], ss[i], members.scale[i]};
+    }
+    launch_each(launching, layers, members.count, ys);
+    return;
+  }
   Arguments arguments;
   arguments.add(x);
   arguments.add_pairs(members.weight, ys);
@@ -66,6 +74,14 @@ inline void launch_group_forward(Launching& launching, const Tensor& x, const Me
 // dx = sum of dy_i W_i + mask_i(T_i A_i) and T_i = scale_i * dy_i B_i: its backward_input.
 inline void launch_group_input(Launching& launching, const Tensor& dx, const OfMembers& dys, const Members& members,
                                const OfMembers& ts) {
+  if (launching.is_wide()) {
+    WideLayers layers;
+    for (size_t i = 0; i < members.count; ++i) {
+      layers[i] = {dys[i], members.weight[i], members.lora_B[i], members.lora_A[i], {}, ts[i], members.scale[i]};
+    }
+    launch_summed(launching, layers, members.count, dx);
+    return;
+  }
   Arguments arguments;
   arguments.add(dx);
   arguments.add_pairs(dys, members.weight);
@@ -78,6 +94,12 @@ inline void launch_group_input(Launching& launching, const Tensor& dx, const OfM
 inline void launch_group_grads(Launching& launching, const Tensor& x, const OfMembers& dys, const OfMembers& ts,
                                const OfMembers& ss, const OfMembers& dAs, const OfMembers& dBs,
                                const OfMembers& masks) {
+  if (launching.is_of_one()) {
+    for (size_t i = 0; i < kMostLayers && dys[i].defined(); ++i) {
+      launch_adapter_grads(launching, x, dys[i], ts[i], ss[i], dAs[i], dBs[i], masks[i]);
+    }
+    return;
+  }
   Arguments arguments;
   arguments.add(x);
   for (const OfMembers* of : {&dys, &ts, &ss, &dAs, &dBs, &masks}) arguments.add(*of);

@@ -108,7 +108,7 @@ class Launch {
   struct alignas(64) Map {
     std::array<unsigned char, 128> bytes;
   };
-  static constexpr size_t kMostParameters = 128, kMostMaps = 8, kMostEncoded = 1024;
+  static constexpr size_t kMostParameters = 128, kMostMaps = 16, kMostEncoded = 1024;
   static constexpr int kL2Promotion128B = 2;
   // What a thread is told that has not called CUDA yet, as autograd's may not have.
   static constexpr int kNoContext = 201;

@@ -6,8 +6,8 @@
 
 #include <optional>
 
-#include "call.h"
 #include "node.h"
+#include "wide.h"
 
 namespace lora_kernels::host {
 
@@ -24,6 +24,10 @@ inline Tensor drawn(Launching& launching, const Tensor& seed, int64_t rows, int6
 inline void launch_one_pass(Launching& launching, const Tensor& left, const Tensor& weight, const Tensor& out,
                             const Tensor& down, const Tensor& up, const Tensor& bias, const Tensor& s,
                             const Tensor& mask, double scale) {
+  if (launching.is_wide()) {
+    launch_each(launching, {{{left, weight, down, up, bias, s, scale}}}, 1, {out});
+    return;
+  }
   Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, left, at::kFloat);
   Tensor kept;

@@ -60,6 +60,10 @@ class Launching {
   bool decodes() const { return upcoming() == "nf4_product"; }
   // Whether the next one, but for masks, is a backward with all its gradients.
   bool is_whole() const { return upcoming() == "backward"; }
+  // Whether the next one is of layers whose rank is large.
+  bool is_wide() const { return upcoming() == "products"; }
+  // Whether the next one is of the adapters of one layer, and not of a group.
+  bool is_of_one() const { return upcoming() == "adapter_grads"; }
   void* const stream;
 
  private:

@@ -13,13 +13,12 @@ from lora_kernels.backends.triton.backward import backward_kernel
 from lora_kernels.backends.triton.launch import (
     SPIN_LIMIT,
     Settled,
-    dot_precision,
     one_pass,
     settle,
     stays,
     tiles_for_few_rows,
 )
-from lora_kernels.backends.triton.launches import Launch, alignment, divisor, remember
+from lora_kernels.backends.triton.launches import Launch, alignment, divisor, dot_precision, remember
 from lora_kernels.backends.triton.mask_launch import bits_of
 from lora_kernels.backends.triton.tiles import (
     INTERPRETER,

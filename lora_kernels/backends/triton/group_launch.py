@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_kernels.backends import Member, Precision, Problem, eager
 from lora_kernels.backends.sync import zeros_for
+from lora_kernels.backends.triton import backward_launch, wide_ranks
 from lora_kernels.backends.triton.group_forward import group_forward_kernel
 from lora_kernels.backends.triton.group_grads import group_grads_kernel
 from lora_kernels.backends.triton.group_input import group_input_kernel
@@ -26,8 +27,8 @@ from lora_kernels.backends.triton.group_operands import (
     scales_of,
     up_block,
 )
-from lora_kernels.backends.triton.launch import SPIN_LIMIT, TYPES, dot_precision, fits_tma
-from lora_kernels.backends.triton.launches import Launch, alignment, divisor, remember
+from lora_kernels.backends.triton.launch import SPIN_LIMIT
+from lora_kernels.backends.triton.launches import TYPES, Launch, alignment, divisor, dot_precision, fits_tma, remember
 from lora_kernels.backends.triton.tiles import (
     GradTiles,
     OnePassTiles,
@@ -55,7 +56,7 @@ def forward(
     spin_limit: int = SPIN_LIMIT,
     programs: int | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Every y_i = x W_i^T + S_i B_i^T + b_i and S_i = scale_i * mask_i(x) A_i^T, in one launch.
+    """Every y_i = x W_i^T + S_i B_i^T + b_i and S_i = scale_i * mask_i(x) A_i^T: in one launch, but for large ranks.
 
     Args:
         x: [M, K] with contiguous rows.
@@ -71,6 +72,13 @@ def forward(
     if M == 0:
         return ys, list(ss)
     weights, biases = Weights.of(members), biases_of(members)
+    if tiles is None:
+        turned = [w.T if weights.by_rows else w for w in weights.stored]
+        operands = zip(turned, lora_As, lora_Bs, biases, members, strict=True)
+        layers = [wide_ranks.Layer(x, w, a.T, b.T, bias, m.scale) for w, a, b, bias, m in operands]
+        if wide_ranks.are_wide(layers, members[0].dropout is not None, precision):
+            ys, wide_ss = wide_ranks.each(layers)
+            return ys, [*wide_ss] if want_s else [None] * len(ys)
     masks = masks_of([member.dropout for member in members], M, K)
     masked = masks[0] is not None
     scale_tensors, scales = scales_of(members)
@@ -121,7 +129,7 @@ def backward_input(
     spin_limit: int = SPIN_LIMIT,
     programs: int | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """dx = sum of dy_i W_i + mask_i(T_i A_i) and every T_i = scale_i * dy_i B_i, in one launch.
+    """dx = sum of dy_i W_i + mask_i(T_i A_i) and every T_i = scale_i * dy_i B_i: in one launch, but for large ranks.
 
     Args:
         dys: [M, N_i] each, with contiguous rows.
@@ -136,6 +144,12 @@ def backward_input(
     ts = narrow_of(first, lora_As, precision)
     if M == 0:
         return dx, ts
+    if tiles is None:
+        turned = [w if weights.by_rows else w.T for w in weights.stored]
+        operands = zip(dys, turned, lora_As, lora_Bs, members, strict=True)
+        layers = [wide_ranks.Layer(dy, w, b, a, None, m.scale) for dy, w, a, b, m in operands]
+        if wide_ranks.are_wide(layers, members[0].dropout is not None, precision):
+            return wide_ranks.summed(layers)
     masks = masks_of([member.dropout for member in members], M, K)
     masked = masks[0] is not None
     scale_tensors, scales = scales_of(members)
@@ -190,11 +204,19 @@ def backward_adapters(
     *,
     tiles: GradTiles | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Every dA_i = T_i^T mask_i(x) [r_i, K] and dB_i = dy_i^T S_i [N_i, r_i], in `dtype`, in one launch.
+    """Every dA_i = T_i^T mask_i(x) [r_i, K] and dB_i = dy_i^T S_i [N_i, r_i], in `dtype`: in one launch, but for large ranks.
 
     None for what has no T or no S.
     """
     device, M = dys[0].device, dys[0].shape[0]
+    if tiles is None and _go_one_by_one(dys[0], [*ss, *ts], dropouts):
+        operands = zip(dys, ss, ts, strict=True)
+        # Of what has neither, nothing is asked.
+        gradients = [
+            backward_launch.adapter_grads(x, dy, s, t, None, dtype) if s is not None or t is not None else (None, None)
+            for dy, s, t in operands
+        ]
+        return [dA for dA, _ in gradients], [dB for _, dB in gradients]
     K = 0 if x is None else x.shape[1]
     dAs = [
         None if t is None or x is None else torch.empty(t.shape[1], K, dtype=dtype, device=device) for t in ts
@@ -260,6 +282,14 @@ def backward_adapters(
     launch(device, (read_x, *_three(given_dys), *_three(given_ts), *_three(given_ss), *_three(given_dAs), *_three(given_dBs),
                     *_three(masks), *_memory(launch, device)))  # fmt: skip
     return dAs, dBs
+
+
+def _go_one_by_one(dy: Tensor, narrow: Sequence[Tensor | None], dropouts: Sequence[Dropout | None]) -> bool:
+    """Whether members have their adapters' gradients by themselves: at ranks beyond one chunk, they share little."""
+    given = [t for t in narrow if t is not None]
+    plain = all(t.dtype == dy.dtype for t in given) and not any(dropouts)
+    ranks = [t.shape[1] for t in given]
+    return plain and wide_ranks.take(dy.device, dy.shape[0], max(ranks, default=0))
 
 
 def refuses(problems: Sequence[Problem]) -> str | None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.backends import Precision, Scale, tf32_allowed
+from lora_kernels.backends import Precision, Scale
 from lora_kernels.backends.sync import zeros_for
+from lora_kernels.backends.triton import wide_ranks
 from lora_kernels.backends.triton.few_rows_launch import plan_few_rows
-from lora_kernels.backends.triton.launches import Launch, alignment, divisor, remember
+from lora_kernels.backends.triton.launches import TYPES, Launch, alignment, divisor, dot_precision, fits_tma, remember
 from lora_kernels.backends.triton.mask_launch import bits_of
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
 from lora_kernels.backends.triton.tiles import (
@@ -30,7 +30,6 @@ from lora_kernels.backends.triton.tiles import (
 from lora_kernels.backends.triton.tuned import one_pass_tiles
 from lora_kernels.dropout import Dropout
 
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Looks at a flag take about a microsecond each: a sharing tile has long published by then, if it runs at all.
 SPIN_LIMIT = 300
 # Of x, for which L2 is a cache. An H100's is two halves of 25 MB, each of which has its own copies.
@@ -107,7 +106,7 @@ def one_pass(
     spin_limit: int = SPIN_LIMIT,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out = left weight + mask(S up) + bias and S = scale * mask(left) down, in one launch.
+    """out = left weight + mask(S up) + bias and S = scale * mask(left) down: in one launch, but for large ranks.
 
     Args:
         left: [M, K] with contiguous rows.
@@ -118,6 +117,10 @@ def one_pass(
     Returns:
         out [M, N] in left's dtype; S [M, R], in float32 if precision is "split".
     """
+    layer = wide_ranks.Layer(left, weight, down, up, bias, scale)
+    if tiles is None and wide_ranks.are_wide([layer], dropout is not None, precision):
+        (out,), (s,) = wide_ranks.each([layer])
+        return out, s
     M, N, R = left.shape[0], weight.shape[1], down.shape[1]
     device, dtype = left.device, left.dtype
     out = torch.empty(M, N, dtype=dtype, device=device)
@@ -300,26 +303,7 @@ def stays(left: Tensor) -> bool:
     return left.numel() <= NUMBERS_THAT_STAY
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """float32 products take the tensor cores' short mantissa only where the user allowed it to PyTorch as well."""
-    if dtype == torch.float32 and not tf32_allowed():
-        return "ieee"
-    return "tf32"
-
-
 def _fits_tma_all(left: Tensor, weight: Tensor) -> bool:
     """Whether TMA descriptors can describe both operands of left weight and the product."""
     stored = weight.T if weight.stride(0) == 1 else weight
     return fits_tma(left) and fits_tma(stored) and weight.shape[1] * left.element_size() % 16 == 0
-
-
-def fits_tma(t: Tensor) -> bool:
-    """Whether a TMA descriptor can describe a two-dimensional tensor: rows that start on 16 bytes."""
-    stride = t.stride(0)
-    return (
-        t.dtype != torch.float32
-        and t.data_ptr() % 16 == 0
-        and stride * t.element_size() % 16 == 0
-        and stride >= t.shape[1]
-        and t.stride(1) == 1
-    )

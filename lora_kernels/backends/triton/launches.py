@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.backends import tf32_allowed
 from lora_kernels.backends.triton import ahead
 from lora_kernels.backends.triton.direct import BoundLaunch, DirectKernel, direct_kernel
 
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _MOST_PLANS = 4096
+# Of the leading arguments of a kernel: None for one that is not there.
+Blocks = tuple[tuple[int, int] | None, ...]
 _notes = threading.local()
 _direct_kernels: dict[tuple[object, ...], DirectKernel | None] = {}
 
@@ -29,7 +34,7 @@ class Launch:
         kind: tuple[object, ...],
         grid: tuple[int, int, int],
         options: dict[str, Any],
-        blocks: tuple[tuple[int, int], ...] | None,
+        blocks: Blocks | None,
         workspace_size: int,
         counters: int,
         numbers: tuple[int, ...],
@@ -85,7 +90,7 @@ def launch_kernel(
     grid: tuple[int, int, int],
     arguments: tuple[Any, ...],
     options: dict[str, Any],
-    blocks: tuple[tuple[int, int], ...] | None,
+    blocks: Blocks | None,
 ) -> DirectKernel | None:
     """Through the driver where a launch of this kind has gone through Triton before, which compiles it.
 
@@ -93,7 +98,7 @@ def launch_kernel(
 
     Args:
         kind: everything that Triton's specialization of the arguments depends on.
-        blocks: the tiles of the leading arguments that are to be TMA descriptors.
+        blocks: the tiles of the leading arguments, which are to be TMA descriptors where they are not None.
     Returns:
         What launches the next of this kind; None where that is Triton.
     """
@@ -151,12 +156,31 @@ def divisor(*numbers: int) -> int:
     return math.gcd(8, *numbers)
 
 
-def _described(arguments: tuple[Any, ...], blocks: tuple[tuple[int, int], ...] | None) -> tuple[Any, ...]:
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products take the tensor cores' short mantissa only where the user allowed it to PyTorch as well."""
+    if dtype == torch.float32 and not tf32_allowed():
+        return "ieee"
+    return "tf32"
+
+
+def fits_tma(t: Tensor) -> bool:
+    """Whether a TMA descriptor can describe a two-dimensional tensor: rows that start on 16 bytes."""
+    stride = t.stride(0)
+    return (
+        t.dtype != torch.float32
+        and t.data_ptr() % 16 == 0
+        and stride * t.element_size() % 16 == 0
+        and stride >= t.shape[1]
+        and t.stride(1) == 1
+    )
+
+
+def _described(arguments: tuple[Any, ...], blocks: Blocks | None) -> tuple[Any, ...]:
     """The arguments, the leading ones as TMA descriptors of tiles, if any are given."""
     if blocks is None:
         return arguments
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     pairs = zip(arguments, blocks, strict=False)
-    maps = (TensorDescriptor(t, list(t.shape), list(t.stride()), list(block)) for t, block in pairs)
+    maps = (block and TensorDescriptor(t, list(t.shape), list(t.stride()), list(block)) for t, block in pairs)
     return (*maps, *arguments[len(blocks) :])

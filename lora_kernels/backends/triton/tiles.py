@@ -13,6 +13,7 @@ MAX_PARTS = 8
 _ROWS_OF_A_BLOCK = 64
 # Up to so many, it is where there are few tiles.
 MOST_FEW_ROWS = 256
+_LEAST_WIDE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ _HOPPER = (
     OnePassTiles(64, 128, 64, 4, 4, True, 0.57),
     OnePassTiles(64, 64, 64, 4, 8, True, 0.3),
 )
+# Of products as narrow as a rank, on their own: one wave of programs at most, each of which waits for memory.
+_HOPPER_NARROW = (
+    OnePassTiles(128, 256, 64, 8, 4, True, 1.0),
+    OnePassTiles(128, 128, 64, 8, 6, True, 0.86),
+    OnePassTiles(64, 128, 64, 4, 8, True, 0.57),
+    OnePassTiles(64, 64, 64, 4, 8, True, 0.3),
+)
 # few_rows_tiles says which rows take which.
 _HOPPER_FEW_ROWS = (
     FewRowsTiles(16, 64, 128, 4, 4),
@@ -121,12 +129,33 @@ def shipped_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, N: int) -> O
 
 def group_tiles(chip: Chip, itemsize: int, use_tma: bool, M: int, Ns: Sequence[int]) -> OnePassTiles:
     """As shipped_tiles, for outputs [M, N] of several N whose tiles share the waves."""
+    return _fastest(candidates(chip, itemsize, use_tma), chip, M, Ns)
 
+
+def narrow_table(chip: Chip) -> tuple[OnePassTiles, ...]:
+    """The configurations of products as narrow as a rank, in 16 bits."""
+    return _HOPPER_NARROW if chip.has_tma else candidates(chip, 2, False)
+
+
+def narrow_tiles(chip: Chip, M: int, ranks: Sequence[int]) -> OnePassTiles:
+    """As group_tiles, for S [M, R] of several R on its own."""
+    return _fastest(narrow_table(chip), chip, M, ranks)
+
+
+def _fastest(table: Sequence[OnePassTiles], chip: Chip, M: int, Ns: Sequence[int]) -> OnePassTiles:
     def cost(tiles: OnePassTiles) -> float:
         count = -(-M // tiles.block_m) * sum(-(-N // tiles.block_n) for N in Ns)
         return -(-count // chip.multiprocessors) * tiles.block_m * tiles.block_n / tiles.rate
 
-    return min(candidates(chip, itemsize, use_tma), key=cost)
+    return min(table, key=cost)
+
+
+def is_wide_rank(M: int, R: int) -> bool:
+    """Whether a rank is so large that S gets a launch of its own, and S U goes through the main loop (wide_ranks.py).
+
+    The one-pass kernel takes up to 64 in one chunk. With fewer rows, S has too few programs, and nothing was measured.
+    """
+    return R > 64 and M >= _LEAST_WIDE_ROWS
 
 
 def few_rows_table(chip: Chip) -> tuple[FewRowsTiles, ...]:

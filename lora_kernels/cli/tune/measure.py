@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import Precision
-from lora_kernels.backends.triton import ahead, backward_launch, launch
+from lora_kernels.backends.triton import ahead, backward_launch, launch, launches
 from lora_kernels.backends.triton.tiles import GradTiles, OnePassTiles
 from lora_kernels.cli.bench.cases import SCALING, Operands
 from lora_kernels.cli.bench.check import LIMITS
@@ -50,7 +50,7 @@ class OnePass:
         """Whether the launcher would ask for a configuration with TMA."""
         out = torch.empty(self.left.shape[0], self.weight.shape[1], dtype=self.left.dtype, device="meta")
         stored = self.weight.T if self.weight.stride(0) == 1 else self.weight
-        return all(launch.fits_tma(t) for t in (self.left, stored)) and out.shape[1] * out.element_size() % 16 == 0
+        return all(launches.fits_tma(t) for t in (self.left, stored)) and out.shape[1] * out.element_size() % 16 == 0
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """out and S in float64, rounded to float32."""
