@@ -18,6 +18,7 @@ from lora_kernels.backends.triton.tiles import (
     candidates,
     few_rows_table,
     group_grad_tiles,
+    narrow_table,
     shipped_grad_tiles,
 )
 
@@ -49,7 +50,7 @@ class Build:
     computed by programs that have fewer tiles, if X has no mask and there are no halves. want_h: of a gated MLP's
     backward.
     eights: sizes and strides that 8 divides and 16 does not. flat: one loop over all steps of all tiles.
-    shared: S is computed in shares, and not by every tile.
+    shared: S is computed in shares, and not by every tile. pairs: the products that an output is a sum of.
     """
 
     capability: int
@@ -72,6 +73,7 @@ class Build:
     eights: bool = False
     flat: bool = True
     shared: bool = True
+    pairs: int = 1
 
     def __str__(self) -> str:
         tiles = "x".join(str(v) for k, v in asdict(self.tiles).items() if k.startswith("block"))
@@ -80,6 +82,8 @@ class Build:
         flags += [self.dtype, self.precision]
         if self.members > 1:
             flags.append(f"{self.members} members")
+        if self.kernel == "products":
+            flags.append(f"{self.pairs} pairs")
         if self.kernel in ("nf4_product", "dequantize"):
             flags.append(f"b{self.block_size} {'double' if self.double_quant else 'plain'}")
         if self.kernel.startswith("gated"):
@@ -146,6 +150,8 @@ def tile_builds(capability: int) -> Iterator[Build]:
                 yield replace(plain, precision="split")
             if few == few_rows_table(chip)[0]:
                 yield replace(plain, eights=True)
+    if chip.has_tma:
+        yield from product_builds(capability)
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), rank=64)
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 2), masked=True, precision="split", rank=64)
     for masked, rank in ((False, 16), (True, 64)):
@@ -165,6 +171,24 @@ def tile_builds(capability: int) -> Iterator[Build]:
     for kernel, activation in (("gated_forward", "silu"), ("gated_backward", "silu"), ("gated_backward", "gelu_tanh")):
         yield Build(capability, kernel, GATED, activation=activation, want_h=activation == "silu")
     yield Build(capability, "gated_forward", GATED, aligned=False, dtype="fp16", activation="gelu_tanh")
+
+
+def product_builds(capability: int) -> Iterator[Build]:
+    """Layers and groups of a large rank: S of them, and what S is a part of."""
+    chip = chip_of(capability)
+    for narrow in narrow_table(chip):
+        yield Build(capability, "products", narrow)
+    yield replace(Build(capability, "products", narrow_table(chip)[1], forward=False), members=MOST_MEMBERS)
+    widest, *others = candidates(chip, 2, True)
+    for tiles in others:
+        yield Build(capability, "products", tiles, pairs=2)
+    for forward in (True, False):
+        yield Build(capability, "products", widest, forward, pairs=2, masked=forward)
+        yield Build(capability, "products", widest, forward, pairs=2, flat=False)
+    yield Build(capability, "products", widest, pairs=2, members=MOST_MEMBERS, dtype="fp16")
+    yield Build(capability, "products", widest, pairs=2, members=MOST_MEMBERS, masked=True)
+    yield Build(capability, "products", widest, forward=False, pairs=4)
+    yield Build(capability, "products", widest, forward=False, pairs=2 * MOST_MEMBERS)
 
 
 def group_builds(single: Build) -> Iterator[Build]:

@@ -23,6 +23,7 @@ from lora_kernels.backends.triton.mask import mask_kernel
 from lora_kernels.backends.triton.nf4 import dequantize_kernel
 from lora_kernels.backends.triton.nf4_product import nf4_product_kernel
 from lora_kernels.backends.triton.one_pass import one_pass_kernel
+from lora_kernels.backends.triton.products import products_kernel
 from lora_kernels.backends.triton.tiles import own_columns, rank_block, share_stages, tail_grad_tiles
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
@@ -30,6 +31,7 @@ KERNELS = {
     "mask": mask_kernel,
     "one_pass": one_pass_kernel,
     "few_rows": few_rows_kernel,
+    "products": products_kernel,
     "adapter_grads": adapter_grads_kernel,
     "backward": backward_kernel,
     "group_forward": group_forward_kernel,
@@ -48,6 +50,7 @@ def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
         "mask": _mask,
         "one_pass": _one_pass,
         "few_rows": _few_rows,
+        "products": _products,
         "adapter_grads": _adapter_grads,
         "backward": _backward,
         "group_forward": _group,
@@ -62,7 +65,7 @@ def source(build: Build) -> tuple[ASTSource, dict[str, Any]]:
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     numbers = {"N", "K", "columns", "elements", "packed_bytes"}
-    numbers |= {f"{letter}{i}" for letter in ("N", "R", "RA", "RB") for i in range(MOST_MEMBERS)}
+    numbers |= {f"{letter}{i}" for letter in ("N", "R", "RA", "RB", "L") for i in range(2 * MOST_MEMBERS)}
     aligned = [n for n in names if signature[n].startswith("*") or n.startswith("stride") or n in numbers]
     if build.rank % 16 != 0:
         of_rank = {"stride_sm", *(("stride_un", "stride_uc") if build.forward else ("stride_dk", "stride_dl"))}
@@ -167,6 +170,37 @@ def _few_rows(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     types |= {name: _adapter(build) for name in ("down_ptr", "up_ptr", "bias_ptr")} | {"s_ptr": _branch(build)}
     types |= {"workspace_ptr": "*fp32", "sync_ptr": "*i32", "mask_ptr": "*i32", "scale": "fp32"}
     return constants, types
+
+
+def _products(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
+    tiles = build.tiles
+    assert isinstance(tiles, OnePassTiles)
+    m, n, k = tiles.block_m, tiles.block_n, tiles.block_k
+    constants: dict[str, Any] = {
+        "MEMBERS": build.members,
+        "PAIRS": build.pairs,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "GROUP_M": tiles.group_m,
+        "RIGHT_IS_NK": build.forward,
+        "HAS_BIAS": build.masked,
+        "PRECISION": "tf32",
+        "USE_TMA": True,
+        "DTYPE": DTYPES[build.dtype],
+        "FLATTEN": build.flat and build.pairs > 1,
+    }
+    each = {
+        "out{}": f"tensordesc<{build.dtype}[{m}, {n // 2}]>",
+        "bias{}": _adapter(build) if build.masked else None,
+        "scale{}_ptr": None,
+        "scale{}": "fp32" if build.pairs == 1 else None,
+    }
+    right = f"{n}, {k}" if build.forward else f"{k}, {n}"
+    of_pairs = {"left{}": f"tensordesc<{build.dtype}[{m}, {k}]>", "right{}": f"tensordesc<{build.dtype}[{right}]>"}
+    given = _of_members(each, build.members) | _of_members(of_pairs, build.members * build.pairs, 2 * MOST_MEMBERS)
+    constants |= {name: None for name, kind in given.items() if kind is None}
+    return constants, {name: kind for name, kind in given.items() if kind is not None}
 
 
 def _adapter_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
@@ -286,9 +320,9 @@ def _group_grads(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     return constants, types
 
 
-def _of_members(each: dict[str, Any], members: int) -> dict[str, Any]:
+def _of_members(each: dict[str, Any], members: int, most: int = MOST_MEMBERS) -> dict[str, Any]:
     """Each name with the number of every member; None for members that are not there."""
-    return {n.format(i): kind if i < members else None for n, kind in each.items() for i in range(MOST_MEMBERS)}
+    return {n.format(i): kind if i < members else None for n, kind in each.items() for i in range(most)}
 
 
 _NESTED = ("nested_absmax_ptr", "nested_map_ptr", "offset_ptr")

@@ -21,6 +21,7 @@ MOST_STACK = {
     "mask": 0,
     "one_pass": 608,
     "few_rows": 48,
+    "products": 0,
     "backward": 608,
     "group_forward": 448,
     "group_input": 552,
