@@ -92,7 +92,6 @@ def test_groups(layers: tuple[tuple[int, int], ...], adapters: torch.dtype, wide
 def test_a_gated_mlp(wide_ranks: LaunchPath) -> None:
     """Of which only gate and up have a large rank."""
     call = gated((5,), "silu").adapters(leaf, "lora_A", "lora_B")
-    gate, up, down = call.members
     wide = group((5,), (40, 16), (40, 24)).members
     call = call.member(0, lora_A=wide[0].lora_A, lora_B=wide[0].lora_B)
     call = call.member(1, lora_A=wide[1].lora_A, lora_B=wide[1].lora_B)

@@ -11,8 +11,8 @@ from lora_kernels.backends.sync import zeros_for
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.backward import backward_kernel
 from lora_kernels.backends.triton.launch import (
-    SPIN_LIMIT,
     Settled,
+    looks,
     one_pass,
     settle,
     stays,
@@ -145,7 +145,7 @@ def backward(
     dtype: torch.dtype,
     *,
     tiles: OnePassTiles | None = None,
-    spin_limit: int = SPIN_LIMIT,
+    spin_limit: int | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx = dy W + mask(T A), and of dA = T^T mask(x) and dB = dy^T S what has an operand: in one launch, or in two.
@@ -192,7 +192,7 @@ def _backward_launch(
     dropout: Dropout | None,
     precision: Precision,
     dtype: torch.dtype,
-    forced: tuple[OnePassTiles | None, int, int | None],
+    forced: tuple[OnePassTiles | None, int | None, int | None],
 ) -> Launch | None:
     """The one launch that backward makes for arguments like these, planned where there was none before."""
     if dy.shape[0] == 0 or not is_for_one_launch(dy.device, lora_A.shape[0]):
@@ -237,7 +237,7 @@ def _plan_backward(
     scale: Scale,
     dropout: Dropout | None,
     dtype: torch.dtype,
-    spin_limit: int,
+    spin_limit: int | None,
     programs: int | None,
 ) -> Launch:
     (M, N), (R, K), chip, plan = dy.shape, lora_A.shape, chip_of(dy.device), chosen.plan
@@ -248,7 +248,7 @@ def _plan_backward(
     parts, rows_per_part = tail_parts(chip, grads, M, blocks)
     x_stride = 0 if x is None else x.stride(0)
     numbers = (
-        spin_limit,
+        looks(spin_limit, triton.cdiv(N, plan.tiles.block_k)),
         M,
         N,
         K,

@@ -27,7 +27,7 @@ from lora_kernels.backends.triton.group_operands import (
     scales_of,
     up_block,
 )
-from lora_kernels.backends.triton.launch import SPIN_LIMIT
+from lora_kernels.backends.triton.launch import looks
 from lora_kernels.backends.triton.launches import TYPES, Launch, alignment, divisor, dot_precision, fits_tma, remember
 from lora_kernels.backends.triton.tiles import (
     GradTiles,
@@ -53,7 +53,7 @@ def forward(
     want_s: bool,
     *,
     tiles: OnePassTiles | None = None,
-    spin_limit: int = SPIN_LIMIT,
+    spin_limit: int | None = None,
     programs: int | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Every y_i = x W_i^T + S_i B_i^T + b_i and S_i = scale_i * mask_i(x) A_i^T: in one launch, but for large ranks.
@@ -97,8 +97,9 @@ def forward(
         chosen = tiles or group_tiles(chip, x.dtype.itemsize, use_tma, M, Ns)
         plan = plan_forward(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors)
         numbers = (
-            spin_limit if plan.shares else 0, M, K, *_three(Ns, 0), *_three(ranks, 0), plan.k_parts[0],
-            plan.shares, int(plan.left_stays), x.stride(0), *_three([w.stride(0) for w in weights.stored], 0),
+            looks(spin_limit, triton.cdiv(K, chosen.block_k)) if plan.shares else 0, M, K, *_three(Ns, 0), *_three(ranks, 0),
+            plan.k_parts[0], plan.shares, int(plan.left_stays), x.stride(0),
+            *_three([w.stride(0) for w in weights.stored], 0),
         )  # fmt: skip
         options = _options(plan, ranks, x.dtype, precision) | {
             "W_IS_NK": weights.by_rows,
@@ -126,7 +127,7 @@ def backward_input(
     want_dx: bool,
     *,
     tiles: OnePassTiles | None = None,
-    spin_limit: int = SPIN_LIMIT,
+    spin_limit: int | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx = sum of dy_i W_i + mask_i(T_i A_i) and every T_i = scale_i * dy_i B_i: in one launch, but for large ranks.
@@ -168,9 +169,9 @@ def backward_input(
         chosen = tiles or group_tiles(chip, itemsize, use_tma, M, [K])
         plan = plan_input(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors)
         numbers = (
-            spin_limit if plan.shares else 0, M, K, *_three(Ns, 0), *_three(ranks, 0),
-            *_three(plan.k_parts, 0), plan.shares, int(plan.left_stays), *_three([dy.stride(0) for dy in dys], 0),
-            *_three([w.stride(0) for w in weights.stored], 0),
+            looks(spin_limit, sum(triton.cdiv(N, chosen.block_k) for N in Ns)) if plan.shares else 0, M, K, *_three(Ns, 0),
+            *_three(ranks, 0), *_three(plan.k_parts, 0), plan.shares, int(plan.left_stays),
+            *_three([dy.stride(0) for dy in dys], 0), *_three([w.stride(0) for w in weights.stored], 0),
         )  # fmt: skip
         options = _options(plan, ranks, first.dtype, precision) | {
             "W_IS_NK": not weights.by_rows,

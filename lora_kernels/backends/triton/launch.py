@@ -30,8 +30,9 @@ from lora_kernels.backends.triton.tiles import (
 from lora_kernels.backends.triton.tuned import one_pass_tiles
 from lora_kernels.dropout import Dropout
 
-# Looks at a flag take about a microsecond each: a sharing tile has long published by then, if it runs at all.
-SPIN_LIMIT = 300
+# Looks at a flag take about a microsecond each, as does a step of a tile with a share: who shares has long published by
+# then, if it runs at all.
+_LEAST_LOOKS, _LOOKS_A_STEP = 300, 5
 # Of x, for which L2 is a cache. An H100's is two halves of 25 MB, each of which has its own copies.
 NUMBERS_THAT_STAY = 12 << 20
 
@@ -103,7 +104,7 @@ def one_pass(
     precision: Precision,
     *,
     tiles: OnePassTiles | FewRowsTiles | None = None,
-    spin_limit: int = SPIN_LIMIT,
+    spin_limit: int | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out = left weight + mask(S up) + bias and S = scale * mask(left) down: in one launch, but for large ranks.
@@ -152,7 +153,7 @@ def one_pass_launch(
     dropout: Dropout | None,
     mask_left: bool,
     precision: Precision,
-    forced: tuple[OnePassTiles | FewRowsTiles | None, int, int | None] = (None, SPIN_LIMIT, None),
+    forced: tuple[OnePassTiles | FewRowsTiles | None, int | None, int | None] = (None, None, None),
 ) -> Launch:
     """The launch that one_pass makes for arguments like these, planned where there was none before."""
     key = (
@@ -179,7 +180,7 @@ def _plan_launch(
     mask_left: bool,
     precision: Precision,
     tiles: OnePassTiles | FewRowsTiles | None,
-    spin_limit: int,
+    spin_limit: int | None,
     programs: int | None,
 ) -> Launch:
     if tiles is None:
@@ -195,7 +196,7 @@ def _plan_launch(
     chosen = settle(left, weight, down, up, precision, alone, tiles, programs)
     plan = chosen.plan
     numbers = (
-        spin_limit if plan.shared else 0,
+        looks(spin_limit, triton.cdiv(K, plan.tiles.block_k)) if plan.shared else 0,
         M,
         N,
         K,
@@ -296,6 +297,11 @@ def settle(
         stored_w.stride(0), down.stride(), up.stride(), down.dtype, alignment(left, stored_w, down, up),
     )  # fmt: skip
     return Settled(plan, stored_w.stride(0), options, blocks, kind)
+
+
+def looks(spin_limit: int | None, steps: int) -> int:
+    """How many times a tile looks for an S that is summed over so many steps, unless a test says how many."""
+    return max(_LEAST_LOOKS, _LOOKS_A_STEP * steps) if spin_limit is None else spin_limit
 
 
 def stays(left: Tensor) -> bool:

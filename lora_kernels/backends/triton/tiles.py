@@ -13,7 +13,7 @@ MAX_PARTS = 8
 _ROWS_OF_A_BLOCK = 64
 # Up to so many, it is where there are few tiles.
 MOST_FEW_ROWS = 256
-_LEAST_WIDE_ROWS = 1024
+LEAST_WIDE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def is_wide_rank(M: int, R: int) -> bool:
 
     The one-pass kernel takes up to 64 in one chunk. With fewer rows, S has too few programs, and nothing was measured.
     """
-    return R > 64 and M >= _LEAST_WIDE_ROWS
+    return R > 64 and M >= LEAST_WIDE_ROWS
 
 
 def few_rows_table(chip: Chip) -> tuple[FewRowsTiles, ...]:

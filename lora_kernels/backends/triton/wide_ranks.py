@@ -16,7 +16,14 @@ from torch import Tensor
 from lora_kernels.backends import Precision, Scale
 from lora_kernels.backends.triton.launches import TYPES, Launch, alignment, dot_precision, fits_tma, remember
 from lora_kernels.backends.triton.products import products_kernel
-from lora_kernels.backends.triton.tiles import INTERPRETER, OnePassTiles, chip_of, group_tiles, is_wide_rank, narrow_tiles
+from lora_kernels.backends.triton.tiles import (
+    INTERPRETER,
+    OnePassTiles,
+    chip_of,
+    group_tiles,
+    is_wide_rank,
+    narrow_tiles,
+)
 
 _MOST_MEMBERS, _MOST_PAIRS = 3, 6
 
