@@ -133,9 +133,10 @@ def _backward(
     with noting(learn, backend, dy) as made:
         gradients = backward_of(backend, wanted, saved, dy, scale, p, precision, adapter_dtype, bias_dtype)
     names = [*_decoding(saved.weight), *_drawing(p, 1)] if wanted.x else []
-    grads = ["adapter_grads"] if wanted.lora_A or wanted.lora_B else []
     products = [["one_pass"], _WIDE] if wanted.x else [[]]
-    ways = [*([*names, *made_of, *grads] for made_of in products), [*names, "backward"]]
+    # Without a launch of theirs, the adapters' gradients are the libraries'.
+    grads = [["adapter_grads"], []] if wanted.lora_A or wanted.lora_B else [[]]
+    ways = [*([*names, *made_of, *then] for made_of, then in product(products, grads)), [*names, "backward"]]
     return (*gradients, None if made is None else _handed_over(made, *ways))
 
 
@@ -163,15 +164,15 @@ def _group_backward(
     saved = GroupSaved(shared[-1], tuple(kept[: len(group.backends)]))
     count = len(group.backends)
     before = [*_decoding(*weights[:count]), *_drawing(p, count)]
-    grads = ["group_grads"], ["adapter_grads"] * count
-    ways = [[*before, *made_of, *then] for made_of, then in product((["group_input"], _WIDE), grads)]
+    ways = [[*before, *made_of, *then] for made_of, then in product((["group_input"], _WIDE), (["group_grads"], []))]
     with noting(learn, group.backends[0], shared[-1]) as made:
         if isinstance(plan, GatedPlan):
             (g, u, _), dy = shared, dys[0]
             assert dy is not None
             dx, gradients = autograd_gated.backward(plan, needs, saved, kept[2], g, u, dy, settled)
             down = [*_decoding(weights[2]), *_drawing(p, 1)]
-            through = [[*down, *made_of, "gated_backward", "adapter_grads"] for made_of in (["one_pass"], _WIDE)]
+            grads = product((["one_pass"], _WIDE), (["adapter_grads"], []))
+            through = [[*down, *made_of, "gated_backward", *then] for made_of, then in grads]
             ways = [[*first, *then] for first, then in product(through, ways)]
         else:
             dx, gradients = autograd_group.backward(plan, needs, saved, dys, settled)

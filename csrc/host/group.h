@@ -3,6 +3,10 @@
 
 #pragma once
 
+#include <ATen/ops/cat.h>
+
+#include <vector>
+
 #include "linear.h"
 
 namespace lora_kernels::host {
@@ -90,14 +94,31 @@ inline void launch_group_input(Launching& launching, const Tensor& dx, const OfM
   launch_group(launching, dx, arguments, members.floats().data());
 }
 
+// dA_i = T_i^T x and dB_i = dy_i^T S_i by the libraries: eager.py's group_backward_adapters.
+inline void library_grads(const Tensor& x, const OfMembers& dys, const OfMembers& ts, const OfMembers& ss,
+                          const OfMembers& dAs, const OfMembers& dBs) {
+  std::vector<Tensor> given;
+  int64_t ranks = 0, first = 0;
+  for (size_t i = 0; i < kMostLayers && dAs[i].defined(); ++i) {
+    library_product(dBs[i], dys[i].reshape({-1, dBs[i].size(0)}).t(), ss[i]);
+    given.push_back(ts[i]);
+    ranks += ts[i].size(1);
+  }
+  const int64_t K = dAs[0].size(1);
+  const Tensor joint = at::empty({ranks, K}, dAs[0].options());
+  library_product(joint, at::cat(given, 1).t(), x.reshape({-1, K}));
+  for (size_t i = 0; i < given.size(); ++i) {
+    dAs[i].copy_(joint.narrow(0, first, dAs[i].size(0)));
+    first += dAs[i].size(0);
+  }
+}
+
 // dA_i = T_i^T mask_i(x) and dB_i = dy_i^T S_i: its backward_adapters.
 inline void launch_group_grads(Launching& launching, const Tensor& x, const OfMembers& dys, const OfMembers& ts,
                                const OfMembers& ss, const OfMembers& dAs, const OfMembers& dBs,
                                const OfMembers& masks) {
-  if (launching.is_of_one()) {
-    for (size_t i = 0; i < kMostLayers && dys[i].defined(); ++i) {
-      launch_adapter_grads(launching, x, dys[i], ts[i], ss[i], dAs[i], dBs[i], masks[i]);
-    }
+  if (!launching.is_of_adapters()) {
+    library_grads(x, dys, ts, ss, dAs, dBs);
     return;
   }
   Arguments arguments;

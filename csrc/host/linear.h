@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
 #include <optional>
@@ -63,9 +64,26 @@ inline void launch_layer(Launching& launching, const Tensor& x, const Layer& lay
   launch(tensors, &number, launching.stream);
 }
 
+// out = left right by the libraries, as eager.py's _product.
+inline void library_product(Tensor out, const Tensor& left, const Tensor& right) {
+  const at::ScalarType dtype = out.scalar_type();
+  if (left.scalar_type() == dtype) {
+    at::mm_out(out, left, right);
+  } else if (left.is_cuda()) {
+    at::mm_out(out, left, right, dtype);
+  } else {
+    at::mm_out(out, left.to(dtype), right.to(dtype));
+  }
+}
+
 // dA = T^T mask(x) and dB = dy^T S, each where it is defined.
 inline void launch_adapter_grads(Launching& launching, const Tensor& x, const Tensor& dy, const Tensor& t,
                                  const Tensor& s, const Tensor& dA, const Tensor& dB, const Tensor& mask) {
+  if (!launching.is_of_adapters()) {
+    if (dA.defined()) library_product(dA, t.t(), x.reshape({-1, dA.size(1)}));
+    if (dB.defined()) library_product(dB, dy.reshape({-1, dB.size(0)}).t(), s);
+    return;
+  }
   Launch& launch = launching.next();
   const Tensor workspace = fresh({launch.workspace_size}, dy, at::kFloat);
   Tensor kept;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <string_view>
 
 #include "node.h"
 
@@ -54,7 +55,7 @@ struct Weight {
 // The launches of a plan, one after the other.
 class Launching {
  public:
-  Launching(const Launches& launches, void* stream) : stream(stream), next_(launches.begin()) {}
+  Launching(const Launches& launches, void* stream) : stream(stream), next_(launches.begin()), end_(launches.end()) {}
   Launch& next() { return **next_++; }
   // Whether the next one, but for masks, decodes a weight inside of a product.
   bool decodes() const { return upcoming() == "nf4_product"; }
@@ -62,18 +63,21 @@ class Launching {
   bool is_whole() const { return upcoming() == "backward"; }
   // Whether the next one is of layers whose rank is large.
   bool is_wide() const { return upcoming() == "products"; }
-  // Whether the next one is of the adapters of one layer, and not of a group.
-  bool is_of_one() const { return upcoming() == "adapter_grads"; }
+  // Whether the next one gives the adapters' gradients, of a layer or of a group: otherwise the libraries do.
+  bool is_of_adapters() const {
+    const std::string_view name = upcoming();
+    return name == "adapter_grads" || name == "group_grads";
+  }
   void* const stream;
 
  private:
-  const std::string& upcoming() const {
+  std::string_view upcoming() const {
     auto launch = next_;
-    while ((*launch)->name == "mask") ++launch;
-    return (*launch)->name;
+    while (launch != end_ && (*launch)->name == "mask") ++launch;
+    return launch == end_ ? std::string_view() : (*launch)->name;
   }
 
-  Launches::const_iterator next_;
+  Launches::const_iterator next_, end_;
 };
 
 // The weight as a matrix: decoded, if it must be, in memory of its own.

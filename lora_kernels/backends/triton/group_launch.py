@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_kernels.backends import Member, Precision, Problem, eager
 from lora_kernels.backends.sync import zeros_for
-from lora_kernels.backends.triton import backward_launch, wide_ranks
+from lora_kernels.backends.triton import wide_ranks
 from lora_kernels.backends.triton.group_forward import group_forward_kernel
 from lora_kernels.backends.triton.group_grads import group_grads_kernel
 from lora_kernels.backends.triton.group_input import group_input_kernel
@@ -210,14 +210,8 @@ def backward_adapters(
     None for what has no T or no S.
     """
     device, M = dys[0].device, dys[0].shape[0]
-    if tiles is None and _go_one_by_one(dys[0], [*ss, *ts], dropouts):
-        operands = zip(dys, ss, ts, strict=True)
-        # Of what has neither, nothing is asked.
-        gradients = [
-            backward_launch.adapter_grads(x, dy, s, t, None, dtype) if s is not None or t is not None else (None, None)
-            for dy, s, t in operands
-        ]
-        return [dA for dA, _ in gradients], [dB for _, dB in gradients]
+    if tiles is None and wide_ranks.take_gradients(dys[0], [*ss, *ts], dropouts):
+        return eager.group_backward_adapters(x, dys, ss, ts, dropouts, dtype)
     K = 0 if x is None else x.shape[1]
     dAs = [
         None if t is None or x is None else torch.empty(t.shape[1], K, dtype=dtype, device=device) for t in ts
@@ -283,14 +277,6 @@ def backward_adapters(
     launch(device, (read_x, *_three(given_dys), *_three(given_ts), *_three(given_ss), *_three(given_dAs), *_three(given_dBs),
                     *_three(masks), *_memory(launch, device)))  # fmt: skip
     return dAs, dBs
-
-
-def _go_one_by_one(dy: Tensor, narrow: Sequence[Tensor | None], dropouts: Sequence[Dropout | None]) -> bool:
-    """Whether members have their adapters' gradients by themselves: at ranks beyond one chunk, they share little."""
-    given = [t for t in narrow if t is not None]
-    plain = all(t.dtype == dy.dtype for t in given) and not any(dropouts)
-    ranks = [t.shape[1] for t in given]
-    return plain and wide_ranks.take(dy.device, dy.shape[0], max(ranks, default=0))
 
 
 def refuses(problems: Sequence[Problem]) -> str | None:

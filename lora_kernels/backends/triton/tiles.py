@@ -13,7 +13,7 @@ MAX_PARTS = 8
 _ROWS_OF_A_BLOCK = 64
 # Up to so many, it is where there are few tiles.
 MOST_FEW_ROWS = 256
-LEAST_WIDE_ROWS = 1024
+LEAST_WIDE_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _fastest(table: Sequence[OnePassTiles], chip: Chip, M: int, Ns: Sequence[int
 def is_wide_rank(M: int, R: int) -> bool:
     """Whether a rank is so large that S gets a launch of its own, and S U goes through the main loop (wide_ranks.py).
 
-    The one-pass kernel takes up to 64 in one chunk. With fewer rows, S has too few programs, and nothing was measured.
+    The one-pass kernel takes up to 64 in one chunk. With fewer rows, S has too few programs to be faster than its shares.
     """
     return R > 64 and M >= LEAST_WIDE_ROWS
 

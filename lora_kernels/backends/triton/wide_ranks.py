@@ -2,6 +2,8 @@
 
     S_i = scale_i * x A_i^T            y_i = x W_i^T + S_i B_i^T + b_i
     T_i = scale_i * dy_i B_i           dx  = sum of dy_i W_i + T_i A_i
+
+dA_i = T_i^T x and dB_i = dy_i^T S_i are the libraries'.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from lora_kernels.backends.triton.tiles import (
     is_wide_rank,
     narrow_tiles,
 )
+from lora_kernels.dropout import Dropout
 
 _MOST_MEMBERS, _MOST_PAIRS = 3, 6
 
@@ -77,6 +80,17 @@ def take(device: torch.device, rows: int, rank: int) -> bool:
     """Whether a rank is large for so many rows, on a chip where that was measured."""
     chip = chip_of(device)
     return (chip.has_tma or chip == INTERPRETER) and is_wide_rank(rows, rank)
+
+
+def take_gradients(dy: Tensor, narrow: Sequence[Tensor | None], dropouts: Sequence[Dropout | None]) -> bool:
+    """Whether the adapters' gradients from these S and T are left to the libraries.
+
+    As wide as that, they are products like any other, of which the kernels for narrow ones read x once for 64 columns each.
+    """
+    given = [t for t in narrow if t is not None]
+    rank = max((t.shape[1] for t in given), default=0)
+    plain = dy.dtype.itemsize == 2 and all(t.dtype == dy.dtype for t in given) and not any(dropouts)
+    return plain and take(dy.device, dy.shape[0], rank)
 
 
 def _fits(layer: Layer) -> bool:
