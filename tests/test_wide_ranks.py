@@ -1,4 +1,4 @@
-"""Large ranks, by two launches of products: sizes, layouts and kinds of adapters, in layers and groups, and where they run."""
+"""Large ranks, by two launches of products: sizes, layouts, kinds of adapters, in layers and groups, and where they run."""
 
 from __future__ import annotations
 
