@@ -142,6 +142,32 @@ def test_a_backward_is_compiled_beside_its_forward(script: str, names: list[str]
     assert _compiled(NO_GPU + "want_s = True" + script, tmp_path) == _ahead(*names)
 
 
+# Without a mask, and with what the adapters' gradients take of the libraries.
+WIDE = (
+    LAYER.replace("dropout", "None")
+    + """
+assert len(library) == 1
+"""
+)
+TAKE_ALL = """
+from lora_kernels.backends import eager
+from lora_kernels.backends.triton import wide_ranks
+wide_ranks.is_wide_rank = lambda rows, rank: True
+library, adapters = [], eager.backward_adapters
+def noting(*arguments):
+    library.append(1)
+    return adapters(*arguments)
+eager.backward_adapters = noting
+want_s = True
+"""
+
+
+def test_the_two_launches_of_a_large_rank(tmp_path: Path) -> None:
+    """Those of the backward are compiled beside the forward's, and nothing is computed by a rehearsal."""
+    found = _compiled(NO_GPU + TAKE_ALL + WIDE, tmp_path)
+    assert found == sorted([["products_kernel", ahead, False] for ahead in (False, False, True, True)])
+
+
 TUNE = """
 from functools import partial
 from lora_kernels.backends.triton.tiles import GradTiles, OnePassTiles

@@ -1,4 +1,4 @@
-"""Large ranks, by two launches of products: sizes, layouts, kinds of adapters, in layers and groups, and where they run."""
+"""Large ranks, by two launches of products: sizes, layouts, kinds of adapters, groups, and who takes them."""
 
 from __future__ import annotations
 

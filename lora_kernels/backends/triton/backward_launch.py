@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_kernels.backends import Precision, Scale, eager
 from lora_kernels.backends.sync import zeros_for
-from lora_kernels.backends.triton import wide_ranks
+from lora_kernels.backends.triton import ahead, wide_ranks
 from lora_kernels.backends.triton.adapter_grads import adapter_grads_kernel
 from lora_kernels.backends.triton.backward import backward_kernel
 from lora_kernels.backends.triton.launch import (
@@ -50,7 +50,8 @@ def adapter_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dA = T^T mask(x) [R, K] and dB = dy^T S [N, R], in `dtype`; None for what has no operands."""
     if tiles is None and wide_ranks.take_gradients(dy, [s, t], [dropout]):
-        return eager.backward_adapters(x, dy, s, t, dropout, dtype)
+        # Nothing to compile, and nothing to compute with what a rehearsal has.
+        return (None, None) if ahead.rehearsing() else eager.backward_adapters(x, dy, s, t, dropout, dtype)
     want_a, want_b = t is not None and x is not None, s is not None
     narrow = t if t is not None else s
     assert narrow is not None
