@@ -27,6 +27,8 @@ CASES = [
     Case(100, 192, 136, 16, torch.bfloat16, dropout=0.3),
     Case(200, 192, 136, 40, torch.bfloat16, transposed_weight=True),
     Case(200, 2728, 1032, 16, torch.bfloat16, bias=True),
+    # A rank so large that S has a launch of its own on Hopper.
+    Case(520, 192, 136, 72, torch.bfloat16, bias=True),
     # Sizes of which none is even: other loads are compiled for them.
     Case(17, 63, 3, 9, torch.bfloat16, adapter_dtype=torch.float32, dropout=0.3),
     Case(65, 33, 20, 3, torch.float32),
@@ -35,6 +37,7 @@ CASES = [
 # Under autocast, where float32 adapters are rounded on load.
 AUTOCAST_CASES = [
     Case(130, 128, 72, 24, torch.bfloat16, adapter_dtype=torch.float32, dropout=0.3),
+    Case(520, 128, 72, 80, torch.bfloat16, adapter_dtype=torch.float32),
 ]
 
 
@@ -53,6 +56,7 @@ NF4_CASES = [
 GROUP_CASES = [
     (Case(200, 192, 136, 16, torch.bfloat16), Case(200, 192, 72, 24, torch.bfloat16)),
     (Case(130, 100, 70, 80, torch.float16, dropout=0.3), Case(130, 100, 70, 8, torch.float16, dropout=0.3)),
+    (Case(520, 192, 136, 72, torch.bfloat16), Case(520, 192, 72, 136, torch.bfloat16)),
 ]
 # So many rows that the weights are decoded for a group.
 NF4_GROUP_CASES = [
