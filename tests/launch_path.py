@@ -152,7 +152,7 @@ def wide_ranks(path: LaunchPath, monkeypatch: pytest.MonkeyPatch) -> LaunchPath:
     """The launch path, where ranks from 16 on are large, whatever the rows."""
     from lora_kernels.backends.triton import wide_ranks
 
-    monkeypatch.setattr(wide_ranks, "is_wide_rank", lambda rows, rank: rank >= 16)
+    monkeypatch.setattr(wide_ranks, "is_wide_rank", lambda rows, rank, members=1: rank >= 16)
     return path
 
 

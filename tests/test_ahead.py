@@ -152,7 +152,7 @@ assert len(library) == 1
 TAKE_ALL = """
 from lora_kernels.backends import eager
 from lora_kernels.backends.triton import wide_ranks
-wide_ranks.is_wide_rank = lambda rows, rank: True
+wide_ranks.is_wide_rank = lambda rows, rank, members=1: True
 library, adapters = [], eager.backward_adapters
 def noting(*arguments):
     library.append(1)

@@ -37,7 +37,7 @@ def test_the_values_and_bits_of_the_python_path(adapters: torch.dtype, bias: boo
     assert_learned(wide_ranks, tensors, dropout_p=0.3)
     assert not set(TWICE) & set(launched(wide_ranks))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_kernels.backends.triton.wide_ranks.is_wide_rank", lambda rows, rank: False)
+        patch.setattr("lora_kernels.backends.triton.wide_ranks.is_wide_rank", lambda rows, rank, members=1: False)
         wide_ranks.extension.clear()
         with torch.autocast("cpu", bf16, enabled=adapters == torch.float32):
             one_pass = run(tensors)

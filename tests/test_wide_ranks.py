@@ -70,7 +70,7 @@ def any_rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         launched.append([len(pairs) for pairs in outputs])
         return launch(outputs, *arguments)
 
-    monkeypatch.setattr(wide_ranks, "is_wide_rank", lambda rows, rank: rank > 64)
+    monkeypatch.setattr(wide_ranks, "is_wide_rank", lambda rows, rank, members=1: rank > 64)
     monkeypatch.setattr(wide_ranks, "_launched", noting)
     monkeypatch.setattr("lora_kernels.backends.triton.launch.tiles_for_few_rows", lambda *arguments: None)
     return launched
@@ -158,6 +158,10 @@ def test_which_layers_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     # A rank of one chunk, few rows, and what TMA cannot read.
     for other in ({"rank": 64}, {"M": 511}, {"rank": 100}, {"N": 100}, {"K": 60}, {"dtype": torch.float32}):
         assert not theirs(replace(plain, **other)), other
+    # Groups begin earlier.
+    two = [layer(replace(plain, rank=40), cpu)] * 2
+    assert wide_ranks.are_wide(two, False, "native")
+    assert not wide_ranks.are_wide([layer(replace(plain, rank=32), cpu)] * 2, False, "native")
     # U does not lie as W does.
     assert not theirs(replace(plain, transposed_weight=True))
     monkeypatch.setattr(wide_ranks, "chip_of", lambda device: Chip((8, 0), 108, 166912, False))
@@ -179,7 +183,7 @@ def test_tiles_of_s_are_about_one_wave() -> None:
 
 
 def test_explain_says_which_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (triton, backward_launch, wide_ranks):
+    for module in (triton, backward_launch):
         monkeypatch.setattr(module, "chip_of", lambda device: HOPPER)
 
     def described(rank: int) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import Backend, NF4Path, Problem
-from lora_kernels.backends.triton import backward_launch, gated, group, nf4_tiles, single, wide_ranks
+from lora_kernels.backends.triton import backward_launch, gated, group, nf4_tiles, single
 from lora_kernels.backends.triton.tiles import (
     INTERPRETER,
     LEAST_WIDE_ROWS,
@@ -17,6 +17,7 @@ from lora_kernels.backends.triton.tiles import (
     candidates,
     chip_of,
     few_rows_tiles,
+    is_wide_rank,
 )
 from lora_kernels.nf4 import NF4Weight
 
@@ -76,9 +77,7 @@ def _describe_few_rows(chip: Chip, problem: Problem) -> str:
 
 
 def _describe_wide_rank(problem: Problem) -> str:
-    if problem.precision == "split" or problem.rank % 8 != 0:
-        return ""
-    if not wide_ranks.take(problem.device, LEAST_WIDE_ROWS, problem.rank):
+    if problem.precision == "split" or problem.rank % 8 != 0 or not is_wide_rank(LEAST_WIDE_ROWS, problem.rank):
         return ""
     return f"; S and T in launches of their own from {LEAST_WIDE_ROWS} rows on, without dropout"
 

@@ -150,12 +150,13 @@ def _fastest(table: Sequence[OnePassTiles], chip: Chip, M: int, Ns: Sequence[int
     return min(table, key=cost)
 
 
-def is_wide_rank(M: int, R: int) -> bool:
+def is_wide_rank(rows: int, rank: int, members: int = 1) -> bool:
     """Whether a rank is so large that S gets a launch of its own, and S U goes through the main loop (wide_ranks.py).
 
-    The one-pass kernel takes up to 64 in one chunk. With fewer rows, S has too few programs to be faster than its shares.
+    The one-pass kernel takes up to 64 in one chunk; those of groups are slower from 33 on. With fewer rows, S has too few
+    programs to be faster than its shares.
     """
-    return R > 64 and M >= LEAST_WIDE_ROWS
+    return rank > (64 if members == 1 else 32) and rows >= LEAST_WIDE_ROWS
 
 
 def few_rows_table(chip: Chip) -> tuple[FewRowsTiles, ...]:

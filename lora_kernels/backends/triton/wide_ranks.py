@@ -67,7 +67,7 @@ def are_wide(layers: Sequence[Layer], masked: bool, precision: Precision) -> boo
     A mask would have to be applied to what the tensor cores read by themselves, and halves would double the steps.
     """
     first, ranks = layers[0].left, [layer.down.shape[1] for layer in layers]
-    if masked or precision == "split" or not take(first.device, first.shape[0], max(ranks)):
+    if masked or precision == "split" or not take(first.device, first.shape[0], max(ranks), len(layers)):
         return False
     for layer in layers:
         # U goes with W through one loop, so it lies as W does.
@@ -76,10 +76,10 @@ def are_wide(layers: Sequence[Layer], masked: bool, precision: Precision) -> boo
     return not chip_of(first.device).has_tma or all(map(_fits, layers))
 
 
-def take(device: torch.device, rows: int, rank: int) -> bool:
-    """Whether a rank is large for so many rows, on a chip where that was measured."""
+def take(device: torch.device, rows: int, rank: int, members: int = 1) -> bool:
+    """Whether a rank is large for so many rows of a group of so many, on a chip where that was measured."""
     chip = chip_of(device)
-    return (chip.has_tma or chip == INTERPRETER) and is_wide_rank(rows, rank)
+    return (chip.has_tma or chip == INTERPRETER) and is_wide_rank(rows, rank, members)
 
 
 def take_gradients(dy: Tensor, narrow: Sequence[Tensor | None], dropouts: Sequence[Dropout | None]) -> bool:
