@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import native
-from lora_kernels.autograd import as_input, as_matrix, as_rows
+from lora_kernels.autograd import as_input, as_matrix, as_rows, with_leading
 from lora_kernels.autograd_gated import GatedPlan, forward, gated_mlp
 from lora_kernels.backends import Activation, Member
 from lora_kernels.dispatch import BackendName, Choice, requested
@@ -84,11 +84,11 @@ def lora_gated_mlp(
         from lora_kernels.compiled_group import apply_gated
 
         return as_given(apply_gated(as_rows(as_matrix(x)), members, kind, name), x)
-    plan, x = _plan(choices, kind), as_input(x)
-    with native.noting(learn, plan.down, x) as made:
-        y = gated_mlp(plan, x, members) if torch.is_grad_enabled() else forward(plan, x, members)
+    plan, rows = _plan(choices, kind), as_input(x)
+    with native.noting(learn, plan.down, rows) as made:
+        y = gated_mlp(plan, rows, members) if torch.is_grad_enabled() else forward(plan, rows, members)
     native.learn_group(given, made, plan, members)
-    return y
+    return with_leading(y, x.shape)
 
 
 def explain_gated_mlp(

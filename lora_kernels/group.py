@@ -79,11 +79,11 @@ def lora_linear_group(
         from lora_kernels.compiled_group import apply
 
         return [as_given(y, x) for y in apply(as_rows(as_matrix(x)), operands, name)]
-    plan, x = group_choice(choices).plan, as_input(x)
-    with native.noting(learn, plan.backends[0], x) as made:
-        ys = _compute(plan, x, operands)
+    plan, rows = group_choice(choices).plan, as_input(x)
+    with native.noting(learn, plan.backends[0], rows) as made:
+        ys = _compute(plan, rows, operands)
     native.learn_group(given, made, plan, operands)
-    return ys
+    return [with_leading(y, x.shape) for y in ys]
 
 
 def _compute(plan: Plan, x: Tensor, members: Sequence[Member]) -> list[Tensor]:

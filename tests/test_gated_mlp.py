@@ -222,10 +222,13 @@ def test_a_second_derivative_is_an_error(device: torch.device, backend: str) -> 
 
 @pytest.mark.parametrize("shape", [(24,), (4, 24), (2, 0, 24), (2, 1, 3, 24)], ids=str)
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut out"])
 def test_any_number_of_leading_dimensions(
-    shape: tuple[int, ...], grad: bool, device: torch.device, backend: str
+    shape: tuple[int, ...], grad: bool, cut: bool, device: torch.device, backend: str
 ) -> None:
     x, members = torch.randn(shape, device=device), members_of(SMALL, device)
+    if cut:
+        x = torch.cat([x, x], dim=-1)[..., : shape[-1]]
     with torch.set_grad_enabled(grad):
         y = lora_gated_mlp(x, *members, backend=backend)
     doubles = [double(member, x.dtype) for member in members]

@@ -267,10 +267,13 @@ def test_a_change_in_place_is_an_error(name: str, device: torch.device, backend:
 
 @pytest.mark.parametrize("shape", [(24,), (4, 24), (2, 0, 24), (2, 1, 3, 24)], ids=str)
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut out"])
 def test_any_number_of_leading_dimensions(
-    shape: tuple[int, ...], grad: bool, device: torch.device, backend: str
+    shape: tuple[int, ...], grad: bool, cut: bool, device: torch.device, backend: str
 ) -> None:
     x, members = torch.randn(shape, device=device), SMALL.members(device)
+    if cut:
+        x = torch.cat([x, x], dim=-1)[..., :24]
     with torch.set_grad_enabled(grad):
         ys = lora_linear_group(x, members, backend=backend)
     for y, member in zip(ys, members, strict=True):

@@ -162,6 +162,9 @@ def test_which_layers_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     two = [layer(replace(plain, rank=40), cpu)] * 2
     assert wide_ranks.are_wide(two, False, "native")
     assert not wide_ranks.are_wide([layer(replace(plain, rank=32), cpu)] * 2, False, "native")
+    # A B of one column lies like a transposed one.
+    one = layer(replace(plain, rank=1), cpu, forward=False)
+    assert not wide_ranks.are_wide([layer(plain, cpu, forward=False), one], False, "native")
     # U does not lie as W does.
     assert not theirs(replace(plain, transposed_weight=True))
     monkeypatch.setattr(wide_ranks, "chip_of", lambda device: Chip((8, 0), 108, 166912, False))
@@ -191,7 +194,7 @@ def test_explain_says_which_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert text is not None
         return text
 
-    assert "S and T in launches of their own from 512 rows on, without dropout" in described(128)
+    assert "from 512 rows on, without dropout, S and T in launches of their own, and dA and dB by" in described(128)
     assert "S and T" not in described(64)
 
 

@@ -79,7 +79,7 @@ def _describe_few_rows(chip: Chip, problem: Problem) -> str:
 def _describe_wide_rank(problem: Problem) -> str:
     if problem.precision == "split" or problem.rank % 8 != 0 or not is_wide_rank(LEAST_WIDE_ROWS, problem.rank):
         return ""
-    return f"; S and T in launches of their own from {LEAST_WIDE_ROWS} rows on, without dropout"
+    return f"; from {LEAST_WIDE_ROWS} rows on, without dropout, S and T in launches of their own, and dA and dB by the libraries"
 
 
 def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:

@@ -69,10 +69,11 @@ def are_wide(layers: Sequence[Layer], masked: bool, precision: Precision) -> boo
     first, ranks = layers[0].left, [layer.down.shape[1] for layer in layers]
     if masked or precision == "split" or not take(first.device, first.shape[0], max(ranks), len(layers)):
         return False
-    for layer in layers:
-        # U goes with W through one loop, so it lies as W does.
-        if layer.up.stride(0 if layer.weight.stride(0) == 1 else 1) != 1 or 1 not in layer.down.stride():
-            return False
+    # One loop has one layout: U lies as W does, and all members' alike.
+    downs = {_pair(layer.left, layer.down).right_is_nk for layer in layers}
+    others = {_pair(layer.left, matrix).right_is_nk for layer in layers for matrix in (layer.weight, layer.up)}
+    if len(downs) + len(others) > 2 or any(1 not in t.stride() for layer in layers for t in (layer.down, layer.up)):
+        return False
     return not chip_of(first.device).has_tma or all(map(_fits, layers))
 
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     device = _device()
     if importlib.util.find_spec("tqdm") is None:
         raise UserError('tune needs more packages (tqdm): pip install "lora-kernels[bench]"')
-    from lora_kernels.backends.triton.tiles import chip_of, few_rows_tiles
+    from lora_kernels.backends.triton.tiles import chip_of, few_rows_tiles, is_wide_rank
     from lora_kernels.backends.triton.tuned import VARIABLE, table_path
     from lora_kernels.cli.tune.tuning import Tuning
 
@@ -70,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
         if all(few_rows_tiles(chip, M, C, L, case.rank, "native") is not None for C, L in products):
             reason = "take a kernel for few tokens on this chip, whose tiles are not tuned: more must be asked for"
             raise UserError(f"{M}x{K}x{N}: forward and dx {reason}")
+        if chip.has_tma and case.rank % 8 == 0 and is_wide_rank(M, case.rank):
+            reason = "takes kernels on this chip whose tiles are not tuned: a smaller one must be asked for"
+            raise UserError(f"{M}x{K}x{N}: rank {case.rank} {reason}")
     path = args.out or table_path(chip)
     if path is None:
         raise UserError(f"--out: must say where the table goes, because {VARIABLE} says that none is used")
