@@ -153,8 +153,24 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
   }
   if (n >= p.N) return;
   const float bias = p.bias == nullptr ? 0.0f : load_number(p.bias, p.bias_dtype, n);
-  for (int token = first; token < tokens; token += step) {
-    const float sum = plan.parts > 1 ? add_parts(parts + token * rows, plan.parts, tokens * rows) : sum_of(token);
+  // A row has two threads at least, so a thread no more tokens than these. Their parts are added up side by side: one token
+  // after the other, each would wait for memory.
+  float sums[kTokenTiles * 4] = {};
+  const int parts_to_add = plan.parts > 1 ? plan.parts : 0;
+#pragma unroll 4
+  for (int i = 0; i < parts_to_add; ++i) {
+    const float* of_part = parts + static_cast<int64_t>(i) * tokens * rows;
+#pragma unroll
+    for (int j = 0; j < kTokenTiles * 4; ++j) {
+      const int token = first + j * step;
+      sums[j] += __ldcg(of_part + (token < tokens ? token : tokens - 1) * rows);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kTokenTiles * 4; ++j) {
+    const int token = first + j * step;
+    if (token >= tokens) break;
+    const float sum = plan.parts > 1 ? sums[j] : sum_of(token);
     static_cast<T*>(p.out)[token * p.N + n] = from_float<T>(bias + sum);
   }
 }
