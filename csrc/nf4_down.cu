@@ -26,7 +26,7 @@ void launch_down(const OnePass& problem, float* workspace, int* counters, cudaSt
   const dim3 grid(static_cast<unsigned>(parts(problem)), static_cast<unsigned>(nf4_down_counters(problem)));
   const auto kernel = nf4_down_kernel<T, kTokenTiles>;
   leave_room("nf4_down_kernel", kernel);
-  launch("nf4_down_kernel", kernel, grid, kThreads, 0, stream, problem, vectors, workspace, counters);
+  launch_overlapping("nf4_down_kernel", kernel, grid, kThreads, 0, stream, problem, vectors, workspace, counters);
 }
 
 template <class T>

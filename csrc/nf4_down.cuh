@@ -64,6 +64,8 @@ __global__ void __launch_bounds__(nf4_down_tile::kThreads, 4)
   constexpr int kSumBytes = kTokenTiles * kRows * 8 * 4, kFloats = kTokenTiles * kRows * 8;
   __shared__ float4 shared[kWarps * kSumBytes / 16];
   unsigned char* sums = reinterpret_cast<unsigned char*>(shared);
+  // Whatever was before it has to be through before the next launch begins: that one reads X as well, and does not wait.
+  wait_for_launch_before();
   let_next_launch_begin();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = blockIdx.x, parts = gridDim.x;
   const int64_t r0 = static_cast<int64_t>(blockIdx.y) * kRows;

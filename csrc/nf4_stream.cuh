@@ -131,6 +131,8 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
       up_is_float ? branch(T(), float()) : branch(T(), T());
     }
   }
+  // What comes next, such as the next layer's S, may take its places; it waits for the end before it reads.
+  let_next_launch_begin();
   // A warp's copies are all used, and nobody else reads its ring.
   __syncwarp();
   store_sums<kTokenTiles>(ring, acc, lane);
