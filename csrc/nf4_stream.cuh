@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
     if (i < turns) copies.next(ring + i * kTileBytes);
     commit_copies();
   }
-  copy_x<T>(x, p, k0, slices, place % slices);
+  const int x_places = kTokenTiles == 1 ? tokens : kTokenTiles * 8;
+  copy_x<T>(x, p, k0, slices, place % slices, x_places);
   commit_copies();
   const bool nested = weight.nested_absmax != nullptr, up_is_float = p.up.dtype == DType::kFloat32;
   const float offset = nested ? *weight.offset : -0.0f;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
     commit_copies();
     stage = stage == kStages - 1 ? 0 : stage + 1;
 
-    const unsigned char* x_slice = x + x_place(group + turn * plan.groups, 0, tokens, 0, lane % 4);
+    const unsigned char* x_slice = x + x_place(group + turn * plan.groups, 0, x_places, 0, lane % 4);
     uint4 words[2][2];
 #pragma unroll
     for (int run_half = 0; run_half < 2; ++run_half) {
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           x_words[word][j] = *reinterpret_cast<const uint4*>(
-              x_slice + x_place(0, run_half * 4 + word, tokens, token_of[j], 0));
+              x_slice + x_place(0, run_half * 4 + word, x_places, token_of[j], 0));
         }
       }
 #pragma unroll

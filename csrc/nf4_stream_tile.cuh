@@ -13,16 +13,17 @@ constexpr int kMostThreads = 512;
 constexpr int kThreadsBeside = 128;
 // Of a tile, a slice of it.
 constexpr int kRowBytes = kSlice / 2, kTileBytes = kRows * kRowBytes;
+// Tokens that X has places for. Of two fragments all, so that the places are known when it is compiled.
+__host__ __device__ inline int token_places(int64_t tokens) { return static_cast<int>(tokens > 8 ? 16 : tokens); }
+
 // Of a slice of X, the same chunk of all tokens is followed by 16 bytes that nobody reads: a warp's copies, eight chunks of
 // a token beside one another, lie in different banks.
 constexpr int kChunks = 8;
-__host__ __device__ inline int chunk_bytes(int64_t tokens) {
-  return static_cast<int>(tokens) * (kSlice / kChunks * 2) + 16;
-}
+__host__ __device__ inline int chunk_bytes(int places) { return places * (kSlice / kChunks * 2) + 16; }
 
 // Of the block's part of X.
 __host__ __device__ inline int64_t x_bytes(const StreamPlan& plan, int64_t tokens) {
-  return int64_t{plan.slices} * kChunks * chunk_bytes(tokens);
+  return int64_t{plan.slices} * kChunks * chunk_bytes(token_places(tokens));
 }
 
 // What lies where in a block's dynamic memory. Each warp has a ring for the tiles under way, that in use among them. As many
@@ -58,25 +59,26 @@ struct Places {
 
 // Where 16 bytes of X lie, [slice, chunk, token, quarter]: the lanes of a warp, four quarters for each of eight tokens,
 // read the same chunk of their quarters at a time, side by side.
-__device__ inline int x_place(int slice, int chunk, int tokens, int token, int quarter) {
-  return (slice * kChunks + chunk) * chunk_bytes(tokens) + (token * 4 + quarter) * 16;
+__device__ inline int x_place(int slice, int chunk, int places, int token, int quarter) {
+  return (slice * kChunks + chunk) * chunk_bytes(places) + (token * 4 + quarter) * 16;
 }
 
 // All of a block's part of X, zeros behind K. Blocks that start at the same time start with different slices: the same
 // 16 bytes for all of them at once would be one bank of L2's business.
 template <class T>
-__device__ inline void copy_x(unsigned char* memory, const OnePass& p, int64_t k0, int slices, int first_slice) {
+__device__ inline void copy_x(unsigned char* memory, const OnePass& p, int64_t k0, int slices, int first_slice,
+                              int places) {
   const int pieces = slices * (kSlice / 8), tokens = static_cast<int>(p.M);
   for (int i = threadIdx.x; i < pieces; i += blockDim.x) {
     const int ahead = i + first_slice * (kSlice / 8), piece = ahead < pieces ? ahead : ahead - pieces;
     const int64_t k = k0 + piece * 8;
     const bool inside = k < p.K;
     const T* source = static_cast<const T*>(p.x.data) + (inside ? k : 0);
-    unsigned char* target = memory + x_place(piece / 32, piece % kChunks, tokens, 0, piece / kChunks % 4);
+    unsigned char* target = memory + x_place(piece / 32, piece % kChunks, places, 0, piece / kChunks % 4);
 #pragma unroll 4
     for (int token = 0; token < tokens; ++token) {
       copy_async(target, source, inside);
-      source += p.x.row_stride, target += x_place(0, 0, tokens, 1, 0);
+      source += p.x.row_stride, target += x_place(0, 0, places, 1, 0);
     }
   }
 }
