@@ -2,8 +2,9 @@
 //
 // The product is computed as W X^T: rows of W are the rows of the tensor cores' products, tokens their columns.
 //
-// Places. A lane holds of each of two rows a run of 64 codes along K, which have one scale: nf4_pairs.cuh says how they
-// are decoded. The order of K within a product is free, so a product takes four neighbours of the run of each of the four
+// Places. A lane holds of each of two rows a run of 64 codes along K, which have one scale. The upper row's are decoded by
+// bytes, in the integer units, and the lower one's by pairs, in shared memory: so both have half of it to do, at the same
+// time. The order of K within a product is free, so a product takes four neighbours of the run of each of the four
 // lanes of a row, and of X what belongs to them.
 //
 // Blocks. A warp has one tile of 16 rows and some slices of K, of which copies are under way for some ahead; X lies in
@@ -14,6 +15,7 @@
 // S is the launch before. This one does not wait for its end before it needs S, when all of the weight has been read.
 #pragma once
 
+#include "nf4_bytes.cuh"
 #include "nf4_stream_branch.cuh"
 #include "nf4_stream_tile.cuh"
 #include "nf4_sums.cuh"
@@ -75,6 +77,7 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
     float scale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) scale[half] = scales.get(half, nested, map, offset);
+    const ByteTable values_of_upper = make_table<T>(scale[0]);
     if (turn + 1 < turns) scales.load(weight, log2_block);
     wait_copies<kStages - 2>();
     // What the lanes copied is here, and what they read of the slice before need not stay.
@@ -108,7 +111,7 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         uint32_t upper[4], lower[4];
-        look_up_pairs<T>(upper, pairs, scale[0], reinterpret_cast<const uint32_t*>(&words[run_half][0])[word]);
+        look_up(upper, values_of_upper, reinterpret_cast<const uint32_t*>(&words[run_half][0])[word]);
         look_up_pairs<T>(lower, pairs, scale[1], reinterpret_cast<const uint32_t*>(&words[run_half][1])[word]);
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
