@@ -225,6 +225,31 @@ def test_launches_of_few_tokens_overlap_none_but_their_own(size: tuple[int, int,
             assert all(torch.equal(value, other) for value, other in zip(values, wanted, strict=True))
 
 
+@pytest.mark.parametrize("M", [1, 8, 16])
+def test_few_tokens_wait_for_the_product_before(M: int, device: torch.device) -> None:
+    """Its out is their x, in one graph: S is launched while it ends."""
+    t = Case(M, 4096, 4096, 16, BF16).tensors(device)
+    weight = NF4Weight.quantize(t.weight)
+
+    def chain(pause: bool) -> list[torch.Tensor]:
+        values = [t.x]
+        for _ in range(8):
+            y, s = cuda.forward(values[-1], weight, t.lora_A, t.lora_B, None, 0.5, None, "native", True)
+            values.append(y)
+            assert s is not None
+            if pause:
+                torch.cuda.synchronize()
+        return values[1:]
+
+    want = chain(True)
+    graph, got = captured(lambda: chain(False))
+    for _ in range(5):
+        for value in got:
+            value.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(value, other) for value, other in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 64])
 def test_dx_of_few_tokens(M: int, dropout_p: float, device: torch.device) -> None:
