@@ -2,10 +2,10 @@
 //
 // The product is computed as W X^T: rows of W are the rows of the tensor cores' products, tokens their columns.
 //
-// Places. A lane holds of each of two rows a run of 64 codes along K, which have one scale. The upper row's are decoded by
-// bytes, in the integer units, and the lower one's by pairs, in shared memory: so both have half of it to do, at the same
-// time. The order of K within a product is free, so a product takes four neighbours of the run of each of the four
-// lanes of a row, and of X what belongs to them.
+// Places. A lane holds of each of two rows a run of 64 codes along K, which have one scale: nf4_pairs.cuh says how they
+// are decoded. The order of K within a product is free, so a product takes four neighbours of the run of each of the four
+// lanes of a row, and of X what belongs to them. With two fragments of tokens shared memory, which has X and pairs to read,
+// is the limit: the upper row's codes are decoded by bytes then, in the integer units, at the same time.
 //
 // Blocks. A warp has one tile of 16 rows and some slices of K, of which copies are under way for some ahead; X lies in
 // shared memory, all that the block needs of it. So nobody waits for anybody from the first slice to the last. Then a
@@ -71,13 +71,16 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
 #pragma unroll
   for (int j = 0; j < kTokenTiles; ++j) token_of[j] = j * 8 + lane / 4 < tokens ? j * 8 + lane / 4 : tokens - 1;
   float acc[kTokenTiles][4] = {};
+  // With one fragment an H100 took as long with bytes as without, or longer.
+  constexpr bool kUpperByBytes = kTokenTiles > 1;
   const int tile_first = tile_place(lane / 4, lane % 4 * 2);
   const uint32_t pairs = pairs_of_lane(lane);
   for (int turn = 0, stage = 0; turn < turns; ++turn) {
     float scale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) scale[half] = scales.get(half, nested, map, offset);
-    const ByteTable values_of_upper = make_table<T>(scale[0]);
+    ByteTable values_of_upper;
+    if constexpr (kUpperByBytes) values_of_upper = make_table<T>(scale[0]);
     if (turn + 1 < turns) scales.load(weight, log2_block);
     wait_copies<kStages - 2>();
     // What the lanes copied is here, and what they read of the slice before need not stay.
@@ -110,9 +113,15 @@ __global__ void __launch_bounds__(nf4_stream_tile::kMostThreads + nf4_stream_til
       }
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
+        const uint32_t upper_codes = reinterpret_cast<const uint32_t*>(&words[run_half][0])[word];
+        const uint32_t lower_codes = reinterpret_cast<const uint32_t*>(&words[run_half][1])[word];
         uint32_t upper[4], lower[4];
-        look_up(upper, values_of_upper, reinterpret_cast<const uint32_t*>(&words[run_half][0])[word]);
-        look_up_pairs<T>(lower, pairs, scale[1], reinterpret_cast<const uint32_t*>(&words[run_half][1])[word]);
+        if constexpr (kUpperByBytes) {
+          look_up(upper, values_of_upper, upper_codes);
+        } else {
+          look_up_pairs<T>(upper, pairs, scale[0], upper_codes);
+        }
+        look_up_pairs<T>(lower, pairs, scale[1], lower_codes);
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           const uint32_t* b = reinterpret_cast<const uint32_t*>(&x_words[word][j]);
