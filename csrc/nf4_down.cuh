@@ -13,12 +13,13 @@ constexpr int kRows = 16, kWarps = 8, kThreads = kWarps * 32;
 // Of K, what a warp takes, and a block.
 constexpr int kShare = 64, kPart = kWarps * kShare;
 
-// A warp's share of a tile.
+// A warp's share of a tile. What it is made of, the launch before may have written after this one began.
 template <class T, int kTokenTiles>
 __device__ inline void multiply_down(float (&acc)[kTokenTiles][4], const OnePass& p, bool vectors, int64_t r0,
                                      int64_t k0, int lane) {
   const T* x = static_cast<const T*>(p.x.data);
   constexpr int kSteps = kShare / 32;
+  constexpr bool kPastL1 = true;
   Eight<T> down[kSteps][2], token[kSteps][kTokenTiles];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -26,13 +27,14 @@ __device__ inline void multiply_down(float (&acc)[kTokenTiles][4], const OnePass
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t r = r0 + lane / 4 + 8 * i;
-      down[step][i] = load_eight_as<T>(p.down.data, p.down.dtype, k * p.down.row_stride + r * p.down.column_stride,
-                                       p.down.row_stride, r < p.R ? p.K - k : 0, vectors);
+      const int64_t first = k * p.down.row_stride + r * p.down.column_stride;
+      down[step][i] = load_eight_as<T, kPastL1>(p.down.data, p.down.dtype, first, p.down.row_stride,
+                                                r < p.R ? p.K - k : 0, vectors);
     }
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
       const int64_t m = j * 8 + lane / 4;
-      token[step][j] = load_eight(x + m * p.x.row_stride + k, 1, m < p.M ? p.K - k : 0, true);
+      token[step][j] = load_eight<kPastL1>(x + m * p.x.row_stride + k, 1, m < p.M ? p.K - k : 0, true);
     }
   }
   const bool masked = p.mask_x && p.dropout.seed != nullptr;

@@ -26,22 +26,6 @@ struct Factor {
   }
 };
 
-// Eight ranks of a token, of which `count` are there. S is what the launch before wrote: L1 may not be asked.
-template <class S>
-__device__ inline Eight<S> load_s(const S* s, int64_t count, bool vectors) {
-  Eight<S> group;
-  if (vectors && count >= 8) {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(group) / 16); ++i) {
-      reinterpret_cast<uint4*>(&group)[i] = __ldcg(reinterpret_cast<const uint4*>(s) + i);
-    }
-    return group;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) group.value[i] = i < count ? __ldcg(s + i) : from_float<S>(0.0f);
-  return group;
-}
-
 // acc += U^T S^T, for two rows of one and a token of the other.
 template <class Part>
 __device__ inline void multiply_ranks(float (&acc)[4], const Eight<Part>& upper, const Eight<Part>& lower,
@@ -60,7 +44,8 @@ __device__ inline void multiply_ranks(float (&acc)[4], const Eight<Part>& upper,
 template <class T, class S, class U, int kTokenTiles>
 __device__ inline void add_branch(float (&acc)[kTokenTiles][4], const OnePass& p, int64_t row, bool vectors,
                                   const int (&token_of)[kTokenTiles], int lane) {
-  constexpr bool kSplit = std::is_same_v<S, float>;
+  // S is written by the launch before, which is under way when this one begins.
+  constexpr bool kSplit = std::is_same_v<S, float>, kPastL1 = true;
   using Part = std::conditional_t<kSplit, bf16, T>;
   const int64_t n = row + lane / 4;
   const U* columns[2] = {static_cast<const U*>(p.up.data) + n * p.up.column_stride, nullptr};
@@ -80,7 +65,7 @@ __device__ inline void add_branch(float (&acc)[kTokenTiles][4], const OnePass& p
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
       const S* s = static_cast<const S*>(p.s) + token_of[j] * p.R + r;
-      const Factor<Part, kSplit> token(load_s(s, p.R - r, vectors));
+      const Factor<Part, kSplit> token(load_eight<kPastL1>(s, 1, p.R - r, vectors));
       if constexpr (kSplit) {
         multiply_ranks(acc[j], upper.low, lower.low, token.high);
         multiply_ranks(acc[j], upper.high, lower.high, token.low);

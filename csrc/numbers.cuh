@@ -65,27 +65,33 @@ struct alignas(16) Eight {
 };
 
 // `count` of them count, the others are zero. `vectors` promises that a whole group starts on 16 bytes with stride 1.
-template <class T>
+// kPastL1 is for what may be written while this launch is under way: the other loads may ask a cache that does not know.
+template <bool kPastL1 = false, class T>
 __device__ inline Eight<T> load_eight(const T* data, int64_t stride, int64_t count, bool vectors) {
   Eight<T> group;
   if (vectors && count >= 8) {
     const uint4* source = reinterpret_cast<const uint4*>(data);
     uint4* target = reinterpret_cast<uint4*>(&group);
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(group) / 16); ++i) target[i] = __ldg(source + i);
+    for (int i = 0; i < static_cast<int>(sizeof(group) / 16); ++i) {
+      target[i] = kPastL1 ? __ldcg(source + i) : __ldg(source + i);
+    }
     return group;
   }
+  const auto load = [&](int i) { return kPastL1 ? __ldcg(data + i * stride) : data[i * stride]; };
 #pragma unroll
-  for (int i = 0; i < 8; ++i) group.value[i] = i < count ? data[i * stride] : from_float<T>(0.0f);
+  for (int i = 0; i < 8; ++i) group.value[i] = i < count ? load(i) : from_float<T>(0.0f);
   return group;
 }
 
 // The same from another dtype, rounded to T.
-template <class T>
+template <class T, bool kPastL1 = false>
 __device__ inline Eight<T> load_eight_as(const void* data, DType dtype, int64_t offset, int64_t stride, int64_t count,
                                          bool vectors) {
-  if (dtype == dtype_of<T>()) return load_eight(static_cast<const T*>(data) + offset, stride, count, vectors);
-  const Eight<float> wide = load_eight(static_cast<const float*>(data) + offset, stride, count, vectors);
+  if (dtype == dtype_of<T>()) {
+    return load_eight<kPastL1>(static_cast<const T*>(data) + offset, stride, count, vectors);
+  }
+  const Eight<float> wide = load_eight<kPastL1>(static_cast<const float*>(data) + offset, stride, count, vectors);
   Eight<T> group;
 #pragma unroll
   for (int i = 0; i < 8; ++i) group.value[i] = from_float<T>(wide.value[i]);
