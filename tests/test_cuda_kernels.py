@@ -250,6 +250,54 @@ def test_few_tokens_wait_for_the_product_before(M: int, device: torch.device) ->
         assert all(torch.equal(value, other) for value, other in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("captures", [False, True], ids=["stream", "graph"])
+@pytest.mark.parametrize("before", ["nothing", "kernel", "copy", "another stream"])
+@pytest.mark.parametrize("M", [1, 16])
+def test_few_tokens_wait_for_what_writes_x(M: int, before: str, captures: bool, device: torch.device) -> None:
+    """Launches that may begin early behind each kind of work, x at the end of what that takes long to write."""
+    t = Case(M, 4096, 4096, 16, BF16).tensors(device)
+    weight = NF4Weight.quantize(t.weight)
+    source = torch.randn(16384, 4096, device=device, dtype=BF16)
+    written, side = torch.empty_like(source), torch.cuda.Stream()
+
+    def write() -> None:
+        here = torch.cuda.current_stream()
+        if before == "kernel":
+            torch.mul(source, 2, out=written)
+        elif before == "copy":
+            written.copy_(source)
+        elif before == "another stream":
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                torch.mul(source, 2, out=written)
+            t.dy.mul_(1)
+            here.wait_stream(side)
+
+    def step() -> list[torch.Tensor]:
+        y, s = cuda.forward(written[-M:], weight, t.lora_A, t.lora_B, None, 0.5, None, "native", True)
+        assert s is not None
+        # A kernel and a copy right behind it.
+        return [y * 1, s.clone()]
+
+    def both() -> list[torch.Tensor]:
+        write()
+        return step()
+
+    written.copy_(source)
+    write()
+    torch.cuda.synchronize()
+    want = step()
+    torch.cuda.synchronize()
+    graph, got = captured(both) if captures else (None, [])
+    for _ in range(3):
+        written.copy_(source) if before == "nothing" else written.fill_(float("nan"))
+        if graph is None:
+            got = both()
+        else:
+            graph.replay()
+        assert all(torch.equal(value, other) for value, other in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("M", [1, 8, 16, 32, 64])
 def test_dx_of_few_tokens(M: int, dropout_p: float, device: torch.device) -> None:
