@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import Case, backends_of, grid
 from graphs import captured
-from launch_path import assert_same, bf16
+from launch_path import assert_same, bf16, only_python
 from native_calls import (
     Layers,
     assert_llama_learned,
@@ -288,3 +288,26 @@ def test_threads_on_a_gpu(on_gpu: None) -> None:
     for thread in threads:
         thread.join()
     assert not failed, failed[0]
+
+
+@pytest.mark.parametrize("adapters", [bf16, torch.float32], ids=str)
+@pytest.mark.parametrize("layers", [((256, 128), (256, 72)), ((512, 256), (64, 40), (64, 8))], ids=len)
+def test_large_ranks_of_a_group(layers: tuple[tuple[int, int], ...], adapters: torch.dtype, on_gpu: None) -> None:
+    """The libraries' products among them, which give float32 where adapters are."""
+    call = group((600,), *layers, columns=512, bias=True).on("cuda")
+    call = call.adapters(lambda t: leaf(t, lambda t: t.to(adapters)), "lora_A", "lora_B")
+    with torch.autocast("cuda", bf16, enabled=adapters == torch.float32):
+        want = step_in_python(call)
+        for _ in range(4):
+            assert_same(step(call), want)
+
+
+@pytest.mark.parametrize("adapters", [bf16, torch.float32], ids=str)
+def test_a_large_rank(adapters: torch.dtype, on_gpu: None) -> None:
+    t = Case(600, 512, 256, 128, bf16, adapter_dtype=adapters, bias=True).tensors(torch.device("cuda", 0))
+    tensors = {name: getattr(t, name) for name in ("x", "weight", *LEAVES[1:])}
+    with torch.autocast("cuda", bf16, enabled=adapters == torch.float32):
+        with only_python():
+            want = device_step(tensors, t.dy)
+        for _ in range(4):
+            assert_same(device_step(tensors, t.dy), want)

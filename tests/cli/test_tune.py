@@ -431,6 +431,19 @@ def test_few_tokens_are_refused_where_their_kernel_is_not_tuned(
     assert main(["tune", "--shapes", "257x64x48", "200x63x48", "1x63x48", *out]) == 0
 
 
+def test_large_ranks_are_refused_where_their_kernels_are_not_tuned(
+    instant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tiles_module, "chip_of", lambda device: HOPPER)
+    tune = ["tune", "--shapes", "600x64x48", "--out", str(tmp_path / "table.json"), "--rank"]
+    assert main([*tune, "72"]) == 2
+    reason = "takes kernels on this chip whose tiles are not tuned: a smaller one must be asked for"
+    assert capsys.readouterr().err == f"lora_kernels: error: 600x64x48: rank 72 {reason}\n"
+    assert instant.measured == 0
+    # One that TMA does not take is the one-pass kernel's.
+    assert main([*tune, "70"]) == 0
+
+
 def test_tokens_of_projections() -> None:
     from lora_kernels.cli.main import build_parser
     from lora_kernels.cli.tune.command import _cases
