@@ -30,7 +30,7 @@ sanitize:
 	cd tests && PYTHONPATH=.. $(PYTHON) sanitize.py $(BACKENDS)
 	cd tests && $(SANITIZER) --tool memcheck $(PYTHON) sanitize.py $(BACKENDS)
 	cd tests && $(SANITIZER) --tool racecheck $(PYTHON) sanitize.py $(BACKENDS)
-	cd tests && $(SANITIZER) --tool initcheck $(PYTHON) sanitize.py $(BACKENDS)
+	cd tests && $(SANITIZER) --tool initcheck $(PYTHON) sanitize.py initcheck $(BACKENDS)
 
 # PEFT's own tests of LoRA, stock and patched: make peft-suite PEFT=path/to/a/checkout
 peft-suite:
