@@ -63,16 +63,16 @@ NF4_GROUP_CASES = [
 ]
 
 
-# Of a large rank, whose T are written by TMA. initcheck before version 2025.4, of CUDA 13.1, does not see that, and takes
-# the reading of all T into one matrix for an error: not for initcheck.
+# Of a large rank, whose T are written by TMA. initcheck before version 2025.4, of CUDA 13.1, does not see that, and
+# takes the reading of all T into one matrix for an error: not for initcheck.
 WIDE_GROUP_CASES = [
     (Case(520, 192, 136, 72, torch.bfloat16), Case(520, 192, 72, 136, torch.bfloat16)),
 ]
 
 
-# Gate and up and, transposed, the down projection. Here kernels read what others wrote, too. So that initcheck can take
-# them, no row is a multiple of 16 bytes long, as TMA needs it, and all is written through pointers. What the other cases
-# write by TMA, only TMA reads, or nobody.
+# Gate and up and, transposed, the down projection. Here kernels read what others wrote, too. So that initcheck can
+# take them, no row is a multiple of 16 bytes long, as TMA needs it, and all is written through pointers. What the other
+# cases write by TMA, only TMA reads, or nobody.
 GATED_CASES = [
     Case(200, 192, 132, 16, torch.bfloat16),
     Case(130, 100, 70, 80, torch.float16, dropout=0.3),
