@@ -6,6 +6,7 @@ interpreter computes tl.dot of bfloat16 as integers, so it gets float16 and floa
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,10 @@ from cases import HAS_GPU
 
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+elif importlib.util.find_spec("triton") is not None:
+    import compile_once
+
+    compile_once.use()
 
 
 # What compiles longest, and begins first: where several processes share the tests, nobody waits for it at the end. The
