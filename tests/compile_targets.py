@@ -92,7 +92,7 @@ def _moved(build: Build, ttgir: str) -> bool:
 
 def _by_number(build: Build, asm: dict[str, Any]) -> int:
     """How many loads there are of one 16-bit number, where all that is loaded is aligned. A bias is loaded so."""
-    if build.masked or build.eights or not build.aligned or ITEMSIZE[build.dtype] != 2:
+    if build.masked or build.bias or build.eights or not build.aligned or ITEMSIZE[build.dtype] != 2:
         return 0
     return len(re.findall(r"ld\.global[.\w:]*\.b16\b", asm.get("ptx", "")))
 

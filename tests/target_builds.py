@@ -50,7 +50,8 @@ class Build:
     computed by programs that have fewer tiles, if X has no mask and there are no halves. want_h: of a gated MLP's
     backward.
     eights: sizes and strides that 8 divides and 16 does not. flat: one loop over all steps of all tiles.
-    shared: S is computed in shares, and not by every tile. pairs: the products that an output is a sum of.
+    shared: S is computed in shares, and not by every tile. pairs: the products that an output is a sum of; bias: that
+    it has one, where that is not said by `masked`.
     """
 
     capability: int
@@ -74,10 +75,11 @@ class Build:
     flat: bool = True
     shared: bool = True
     pairs: int = 1
+    bias: bool = False
 
     def __str__(self) -> str:
         tiles = "x".join(str(v) for k, v in asdict(self.tiles).items() if k.startswith("block"))
-        booleans = ("forward", "masked", "aligned", "turned", "ieee", "alone", "eights", "flat", "shared")
+        booleans = ("forward", "masked", "aligned", "turned", "ieee", "alone", "eights", "flat", "shared", "bias")
         flags = [k for k in booleans if getattr(self, k)]
         flags += [self.dtype, self.precision]
         if self.members > 1:
@@ -183,10 +185,10 @@ def product_builds(capability: int) -> Iterator[Build]:
     for tiles in others:
         yield Build(capability, "products", tiles, pairs=2)
     for forward in (True, False):
-        yield Build(capability, "products", widest, forward, pairs=2, masked=forward)
+        yield Build(capability, "products", widest, forward, pairs=2, bias=forward)
         yield Build(capability, "products", widest, forward, pairs=2, flat=False)
     yield Build(capability, "products", widest, pairs=2, members=MOST_MEMBERS, dtype="fp16")
-    yield Build(capability, "products", widest, pairs=2, members=MOST_MEMBERS, masked=True)
+    yield Build(capability, "products", widest, pairs=2, members=MOST_MEMBERS, bias=True)
     yield Build(capability, "products", widest, forward=False, pairs=4)
     yield Build(capability, "products", widest, forward=False, pairs=2 * MOST_MEMBERS)
 

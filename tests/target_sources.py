@@ -184,7 +184,7 @@ def _products(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "BLOCK_K": k,
         "GROUP_M": tiles.group_m,
         "RIGHT_IS_NK": build.forward,
-        "HAS_BIAS": build.masked,
+        "HAS_BIAS": build.bias,
         "PRECISION": "tf32",
         "USE_TMA": True,
         "DTYPE": DTYPES[build.dtype],
@@ -192,7 +192,7 @@ def _products(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     }
     each = {
         "out{}": f"tensordesc<{build.dtype}[{m}, {n // 2}]>",
-        "bias{}": _adapter(build) if build.masked else None,
+        "bias{}": _adapter(build) if build.bias else None,
         "scale{}_ptr": None,
         "scale{}": "fp32" if build.pairs == 1 else None,
     }
