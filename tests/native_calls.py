@@ -167,7 +167,7 @@ def native_ys(layers: Layers, **options: Any) -> list[Tensor]:
     return ys
 
 
-def llama(device: str) -> nn.Module:
+def llama(device: str, rank: int) -> nn.Module:
     """A decoder layer of PEFT's over a Llama, its attention and its MLP as groups."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -175,7 +175,7 @@ def llama(device: str) -> nn.Module:
     torch.manual_seed(0)
     model = peft.get_peft_model(
         transformers.LlamaForCausalLM(config).to(bf16),
-        peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False),
+        peft.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False),
     ).to(device)
     assert all(block.grouped for block in apply_lora_kernels(model).blocks)
     return model  # type: ignore[no-any-return]
@@ -191,9 +191,9 @@ def llama_step(model: nn.Module) -> list[Tensor | None]:
     return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-def assert_llama_learned(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_llama_learned(device: str, monkeypatch: pytest.MonkeyPatch, rank: int = 3) -> None:
     """q, k and v, the MLP, and the output of attention by itself: all of it C++ in the end, with the same bits."""
-    model = llama(device)
+    model = llama(device, rank)
     with only_python():
         want = llama_step(model)
     for _ in range(4):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from launch_path import LaunchPath, assert_learned, assert_same, bf16, in_python, make, run, with_strides
-from native_calls import assert_learned_call, gated, group, leaf
+from native_calls import assert_learned_call, assert_llama_learned, gated, group, leaf
 from test_autograd import LEAVES, SUBSETS
 
 pytest_plugins = ("launch_path",)
@@ -114,3 +114,10 @@ def test_a_gated_mlp_all_of_which_is_wide(wide_ranks: LaunchPath) -> None:
     assert launched(wide_ranks) == [*TWICE, "gated_forward", *TWICE]
     y.sum().backward()
     assert launched(wide_ranks) == [*TWICE, "gated_backward", *TWICE]
+
+
+def test_a_decoder_layer_of_peft_s(wide_ranks: LaunchPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adapters in float32, as PEFT makes them, under autocast, as Trainer has it."""
+    with torch.autocast("cpu", bf16):
+        assert_llama_learned("cpu", monkeypatch, rank=40)
+    assert set(launched(wide_ranks)) == {"products", "gated_forward", "gated_backward"}

@@ -20,7 +20,7 @@ from lora_kernels.backends import Problem
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from lora_kernels.backends import triton
-from lora_kernels.backends.triton import ahead, backward_launch, launches, single, wide_ranks
+from lora_kernels.backends.triton import ahead, backward_launch, group, launches, single, wide_ranks
 from lora_kernels.backends.triton.tiles import Chip, chip_of, is_wide_rank, narrow_tiles
 
 HOPPER = Chip((9, 0), 132, 232448, True)
@@ -188,16 +188,23 @@ def test_tiles_of_s_are_about_one_wave() -> None:
 
 
 def test_explain_says_which_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (triton, backward_launch):
+    for module in (triton, backward_launch, wide_ranks):
         monkeypatch.setattr(module, "chip_of", lambda device: HOPPER)
+    plain = Problem.of(torch.device("cuda"), torch.bfloat16, "native", 4096, 4096, 128)
+    note = "from 512 rows on, without dropout, S and T in launches of their own"
 
-    def described(rank: int) -> str:
-        text = triton.BACKEND.describe(Problem.of(torch.device("cuda"), torch.bfloat16, "native", 4096, 4096, rank))
+    def described(**changes: Any) -> str:
+        text = triton.BACKEND.describe(replace(plain, **changes))
         assert text is not None
         return text
 
-    assert "from 512 rows on, without dropout, S and T in launches of their own, and dA and dB by" in described(128)
-    assert "S and T" not in described(64)
+    assert f"{note}, and dA and dB by the libraries" in described()
+    for other in ({"rank": 64}, {"rank": 68}, {"precision": "split"}, {"in_features": 4100}, {"dtype": torch.float32}):
+        assert note not in described(**other), other
+    assert group.describe([replace(plain, rank=40), replace(plain, rank=8)]) == note
+    assert group.describe([replace(plain, rank=32)] * 2) is None
+    monkeypatch.setattr(wide_ranks, "chip_of", lambda device: Chip((8, 0), 108, 166912, False))
+    assert note not in described()
 
 
 @pytest.mark.gpu

@@ -8,17 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import Backend, NF4Path, Problem
-from lora_kernels.backends.triton import backward_launch, gated, group, nf4_tiles, single
-from lora_kernels.backends.triton.tiles import (
-    INTERPRETER,
-    LEAST_WIDE_ROWS,
-    MOST_FEW_ROWS,
-    Chip,
-    candidates,
-    chip_of,
-    few_rows_tiles,
-    is_wide_rank,
-)
+from lora_kernels.backends.triton import backward_launch, gated, group, nf4_tiles, single, wide_ranks
+from lora_kernels.backends.triton.tiles import INTERPRETER, MOST_FEW_ROWS, Chip, candidates, chip_of, few_rows_tiles
 from lora_kernels.nf4 import NF4Weight
 
 
@@ -58,9 +49,9 @@ def _describe(problem: Problem) -> str | None:
     path = "TMA descriptors" if use_tma else "pointers"
     backward = "one" if backward_launch.is_for_one_launch(problem.device, problem.rank) else "two"
     few = _describe_few_rows(chip, problem) if use_tma else ""
-    wide = _describe_wide_rank(problem) if use_tma else ""
+    wide = wide_ranks.describe([problem])
     nf4 = f"; {nf4_tiles.describe(chip, problem.dtype, problem.in_features)}" if problem.nf4 else ""
-    return f"one launch forward, {backward} backward, with dropout one more each; {path}; tiles by M from {tiles}{few}{wide}{nf4}"
+    return f"one launch forward, {backward} backward, with dropout one more each; {path}; tiles by M from {tiles}{few}{f'; {wide}' if wide else ''}{nf4}"
 
 
 def _describe_few_rows(chip: Chip, problem: Problem) -> str:
@@ -74,12 +65,6 @@ def _describe_few_rows(chip: Chip, problem: Problem) -> str:
 
     K, N = problem.in_features, problem.out_features
     return f"; another kernel for y of {ranges(N, K)} rows and for dx of {ranges(K, N)}, with which a backward is two launches"
-
-
-def _describe_wide_rank(problem: Problem) -> str:
-    if problem.precision == "split" or problem.rank % 8 != 0 or not is_wide_rank(LEAST_WIDE_ROWS, problem.rank):
-        return ""
-    return f"; from {LEAST_WIDE_ROWS} rows on, without dropout, S and T in launches of their own, and dA and dB by the libraries"
 
 
 def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:

@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor
 
 from lora_kernels.backends import GroupBackend, Member, Precision, Problem
-from lora_kernels.backends.triton import ahead, group_launch, nf4_launch, single
+from lora_kernels.backends.triton import ahead, group_launch, nf4_launch, single, wide_ranks
 from lora_kernels.backends.triton.group_operands import adapters_of
 from lora_kernels.backends.triton.nf4_tiles import path_for
 from lora_kernels.backends.triton.tiles import chip_of
@@ -71,10 +71,11 @@ def backward_input(
 
 
 def describe(problems: Sequence[Problem]) -> str | None:
-    """What explain_group() says of NF4 weights."""
-    if not any(problem.nf4 for problem in problems):
-        return None
-    return "where its NF4 weights are decoded inside of products, member by member but for dA and dB"
+    """What explain_group() says of NF4 weights, and of large ranks."""
+    notes = [wide_ranks.describe(problems)]
+    if any(problem.nf4 for problem in problems):
+        notes.append("where its NF4 weights are decoded inside of products, member by member but for dA and dB")
+    return "; ".join(note for note in notes if note is not None) or None
 
 
 def _rehearse_backward(x: Tensor, members: Sequence[Member], precision: Precision) -> None:

@@ -15,11 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
-from lora_kernels.backends import Precision, Scale
+from lora_kernels.backends import Precision, Problem, Scale
 from lora_kernels.backends.triton.launches import TYPES, Launch, alignment, dot_precision, fits_tma, remember
 from lora_kernels.backends.triton.products import products_kernel
 from lora_kernels.backends.triton.tiles import (
     INTERPRETER,
+    LEAST_WIDE_ROWS,
     OnePassTiles,
     chip_of,
     group_tiles,
@@ -92,6 +93,19 @@ def take_gradients(dy: Tensor, narrow: Sequence[Tensor | None], dropouts: Sequen
     rank = max((t.shape[1] for t in given), default=0)
     plain = dy.dtype.itemsize == 2 and all(t.dtype == dy.dtype for t in given) and not any(dropouts)
     return plain and take(dy.device, dy.shape[0], rank)
+
+
+def describe(problems: Sequence[Problem]) -> str | None:
+    """What explain() says of a layer's or a group's rank, if it is large for some number of rows."""
+    rank, rows = max(problem.rank for problem in problems), LEAST_WIDE_ROWS
+    if not is_wide_rank(rows, rank, len(problems)) or not chip_of(problems[0].device).has_tma:
+        return None
+    for problem in problems:
+        sizes = (problem.in_features, problem.out_features, problem.rank)
+        if problem.precision == "split" or problem.dtype.itemsize != 2 or any(size % 8 for size in sizes):
+            return None
+    libraries = ", and dA and dB by the libraries" if is_wide_rank(rows, rank) else ""
+    return f"from {rows} rows on, without dropout, S and T in launches of their own{libraries}"
 
 
 def _fits(layer: Layer) -> bool:
