@@ -268,7 +268,7 @@ def start(extension: ModuleType, addresses: list[int | None], device_type: str) 
     extension.use_driver(*addresses, device_type)
     knobs = getattr(triton, "knobs", None)
     hooked = None if knobs is None else knobs.runtime
-    extension.use_python(_backward, _group_backward, sync.zeros_for, hooked, NF4Weight, torch.nn.Parameter, TWICE)
+    extension.use_python(_backward, _group_backward, sync.zeros_for, hooked, NF4Weight, TWICE)
     linear, group, gated, _device_type = extension.linear, extension.group, extension.gated, device_type
 
 

@@ -1,11 +1,9 @@
 """What a node keeps for its backward, and who sees it.
 
 Hooks for saved tensors take away what is saved, to free its memory or to compute it again. A leaf that gets a gradient
-is in memory as long as the graph is, which holds it for that gradient, and a frozen parameter as long as its module:
-a hook would free nothing, and those of activation checkpointing take microseconds of every tensor. So such leaves are
-kept as they are where there are hooks. What frees and fills parameters again (FSDP) does so behind the same object,
-and autograd keeps that object too where there are no hooks. csrc/host/node.h does the same: what one of them kept, the
-other may compute again.
+is in memory as long as the graph is, which holds it for that gradient: a hook would free nothing, and those of
+activation checkpointing take microseconds of every tensor. So such leaves, adapters for the most part, are kept as they
+are where there are hooks. csrc/host/node.h does the same: what one of them kept, the other may compute again.
 """
 
 from __future__ import annotations
@@ -14,22 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     """Keeps tensors for the backward of a torch.autograd.Function."""
     ctx.leaves = {}
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        leaves = {i: t for i, t in enumerate(tensors) if t is not None and _stays(t)}
+        leaves = {i: t for i, t in enumerate(tensors) if t is not None and t.requires_grad and t.is_leaf}
         ctx.leaves = {i: (leaf, leaf._version) for i, leaf in leaves.items()}
         tensors = [None if i in leaves else t for i, t in enumerate(tensors)]
     ctx.save_for_backward(*tensors)
-
-
-def _stays(t: Tensor) -> bool:
-    """Whether it is in memory with the node or without it."""
-    return t.is_leaf and (t.requires_grad or type(t) is nn.Parameter)
 
 
 def unpacked(ctx: Any) -> list[Tensor | None]:

@@ -305,11 +305,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     served = c10::Device(device_type).type();
   });
   module.def("use_python", [](py::object backward, py::object group_backward, py::object zeros_for, py::object hooked,
-                              py::object nf4_weight, py::object parameter, const std::string& twice) {
+                              py::object nf4_weight, const std::string& twice) {
     callbacks.backward = backward.release().ptr(), callbacks.group_backward = group_backward.release().ptr();
     callbacks.zeros_for = zeros_for.release().ptr(), callbacks.nf4_weight = nf4_weight.release().ptr();
-    callbacks.hooked = hooked.release().ptr(), callbacks.parameter = parameter.release().ptr();
-    callbacks.twice = twice;
+    callbacks.hooked = hooked.release().ptr(), callbacks.twice = twice;
     callbacks.hook_name = PyUnicode_InternFromString("launch_enter_hook");
     callbacks.calls_name = PyUnicode_InternFromString("calls");
   });

@@ -105,13 +105,12 @@ class LoRANode : public Node {
   c10::Device device{c10::kCPU};
   double p = 0.0;
 
-  // In an order that each node has for itself. Ends by what a hook throws. Needs the GIL.
+  // In an order that each node has for itself. Ends by what a hook throws.
   void save(const variable_list& tensors) {
     saved_.reserve(tensors.size());
-    const bool hooked = at::SavedTensorDefaultHooks::get_hooks().has_value();
     for (const Tensor& tensor : tensors) {
-      if (hooked && tensor.defined() && tensor.is_leaf() && (tensor.requires_grad() || is_parameter(tensor))) {
-        // It stays in memory anyway, so hooks need not see it (lora_kernels/saving.py).
+      if (tensor.defined() && tensor.requires_grad() && tensor.is_leaf()) {
+        // The graph holds it anyway, so hooks need not see it (lora_kernels/saving.py).
         const Unhooked unhooked;
         saved_.emplace_back(tensor, false);
       } else {

@@ -26,8 +26,8 @@ struct Callbacks {
   PyObject *backward = nullptr, *group_backward = nullptr, *zeros_for = nullptr;
   // Where Triton keeps the hooks that want to be told of launches; None where it has no such place.
   PyObject *hooked = nullptr, *hook_name = nullptr, *calls_name = nullptr;
-  // The classes NF4Weight and torch.nn.Parameter.
-  PyObject *nf4_weight = nullptr, *parameter = nullptr;
+  // The class NF4Weight.
+  PyObject* nf4_weight = nullptr;
   // What is said of a second derivative.
   std::string twice;
 };
@@ -68,11 +68,6 @@ inline pybind11::object wrapped(const at::Tensor& tensor) {
 
 inline at::Tensor unwrapped(const pybind11::handle& object) {
   return object.is_none() ? at::Tensor() : THPVariable_Unpack(object.ptr());
-}
-
-// Whether it is what a module has for a parameter. Needs the GIL.
-inline bool is_parameter(const at::Tensor& tensor) {
-  return reinterpret_cast<PyObject*>(Py_TYPE(wrapped(tensor).ptr())) == callbacks.parameter;
 }
 
 // Whether a profiler asked Triton to be told of launches, in the way of launches.py's _has_hooks. Needs the GIL.

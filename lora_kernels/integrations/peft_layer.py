@@ -107,7 +107,7 @@ def operands_of(layer: lora.LoraLayer, x: Tensor | None) -> Operands | str:
     if isinstance(base, str):
         return base
     weight, bias, product, autocast = base
-    device, rank = weight.device, 0
+    device = weight.device
     adapters = []
     for name in layer.active_adapters:
         if name in modules["lora_A"]:
@@ -115,9 +115,9 @@ def operands_of(layer: lora.LoraLayer, x: Tensor | None) -> Operands | str:
             if isinstance(adapter, str):
                 return f"adapter {name!r} {adapter}"
             adapters.append(adapter)
-            rank += adapter.A.shape[0]
     if not adapters:
         return "it has none of the active adapters"
+    rank = sum(adapter.A.shape[0] for adapter in adapters)
     if rank > MAX_RANK:
         return f"the ranks of its active adapters add up to {rank}, more than {MAX_RANK}"
     return Operands(weight, bias, adapters, product)
@@ -180,13 +180,11 @@ def _dense_base(base: Any, x: Tensor | None) -> Base | str:
     if weight.requires_grad:
         return "its base weight is trained"
     device, dtype = weight.device, weight.dtype
-    if weight.is_meta:
+    if device.type == "meta":
         return "its base weight is on the meta device"
-    # A device takes long to say its type.
-    kind = "cuda" if weight.is_cuda else device.type
-    autocast = torch.is_autocast_enabled(kind)
+    autocast = torch.is_autocast_enabled(device.type)
     # In autocast all meet in its dtype; elsewhere PEFT casts x to the adapters' dtype and nothing else.
-    product = torch.get_autocast_dtype(kind) if autocast else dtype
+    product = torch.get_autocast_dtype(device.type) if autocast else dtype
     if dtype not in _DTYPES or product not in _DTYPES:
         return f"its base weight is {dtype}, not bfloat16, float16 or float32"
     if bias is not None and bias.dtype != dtype and not autocast:
@@ -284,14 +282,12 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward."""
-    # Where Module keeps them: an attribute takes longer, and a layer's call asks this of five modules.
-    own = module.__dict__
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or ("forward" in own and has_own_forward(module))
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or has_own_forward(module)
     )
 
 
