@@ -6,7 +6,7 @@ lora_A            T, dA             x, lora_B, the dropout seed, a scaling that 
 lora_B            dB                S
 bias              sum of dy         nothing
 
-Where hooks take what is saved, S is kept beside it, and so are leaves: deferred.py and saving.py say why.
+Where hooks take what is saved, S is kept beside it: deferred.py says why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from lora_kernels.backends import Backend, Precision, Scale
 from lora_kernels.deferred import Deferred
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import Form, NF4Weight
-from lora_kernels.saving import save, unpacked
 from lora_kernels.weights import Weight
 
 
@@ -180,7 +179,8 @@ def once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tu
     def wrapped(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(dy is None for dy in dys):
             return (None,) * len(ctx.needs_input_grad)
-        tensors = unpacked(ctx)
+        # Once: activation checkpointing forgets what it handed out.
+        tensors = ctx.saved_tensors
         with torch.no_grad():
             gradients = backward(ctx, tensors, *dys)
         if not torch.is_grad_enabled():
@@ -222,7 +222,7 @@ class LoRALinearFunction(torch.autograd.Function):
         number, scale_tensor = split_scale(scale)
         p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
         tensors, ctx.form = Saved.select(needs, x, weight, lora_A, lora_B, s, seed, scale_tensor).flat()
-        save(ctx, tensors)
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.needs, ctx.later = backend, needs, later
         ctx.constants = (number, p, precision, lora_A.dtype, None if bias is None else bias.dtype)

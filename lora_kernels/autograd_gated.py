@@ -33,7 +33,6 @@ from lora_kernels.autograd_group import (
 from lora_kernels.backends import Activation, Backend, GatedBackend, Member, Precision
 from lora_kernels.backends.eager import GATED
 from lora_kernels.deferred import Deferred, applied
-from lora_kernels.saving import save
 
 
 class GatedPlan(NamedTuple):
@@ -92,7 +91,7 @@ class GatedMLPFunction(torch.autograd.Function):
         group, ctx.layout = GroupSaved.select(group_needs, x, members[:2], ss).flat()
         own, ctx.form = saved_of(needs[2], members[2], s).flat()
         kept = (g, u) if needs[2].x or needs[2].lora_A else (None, None)
-        save(ctx, (*kept, *group, *own))
+        ctx.save_for_backward(*kept, *group, *own)
         ctx.split = len(group) + 2
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.needs, ctx.later = plan, needs, later

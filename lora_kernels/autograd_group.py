@@ -16,7 +16,6 @@ from lora_kernels.autograd import Needs, Saved, as_matrix, as_rows, once, outsid
 from lora_kernels.backends import Backend, GroupBackend, Member, Precision
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import Form
-from lora_kernels.saving import save
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Layout = tuple[tuple[int, Form | None], ...]
@@ -196,7 +195,7 @@ class LoRAGroupFunction(torch.autograd.Function):
         needs = needs_of(wanted[0], wanted[3:])
         ys, ss = forward(plan, as_matrix(x), members, [need.lora_B for need in needs])
         tensors, ctx.layout = GroupSaved.select(needs, x, members, ss).flat()
-        save(ctx, tensors)
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.needs = plan, needs
         ctx.constants = [Constants.of(member, p) for member, p in zip(members, plan.precisions, strict=True)]

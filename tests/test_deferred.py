@@ -135,15 +135,6 @@ def test_saved_tensors_moved_to_the_cpu(block: Block) -> None:
         assert_same_bits(block.gradients(plainly), want)
 
 
-def test_a_leaf_that_is_changed_in_place_is_an_error(block: Block) -> None:
-    """Hooks see no leaves, and autograd does not watch what they take."""
-    y = checkpointed(block, block.x)
-    with torch.no_grad():
-        block.leaves[-1].mul_(2.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
 def test_two_backwards_through_one_graph(block: Block) -> None:
     y = checkpointed(block, block.x)
     dy = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)
@@ -186,11 +177,8 @@ def test_s_goes_with_what_was_saved(retain: bool, block: Block, monkeypatch: pyt
 
 
 def test_what_a_hook_raises_ends_the_call(block: Block, products: list[int]) -> None:
-    weight = block.members[-1][0]
-    last = weight.tensors()[0].shape if isinstance(weight, NF4Weight) else weight.shape
-
     def fail(t: Tensor) -> Tensor:
-        if t.shape == last:
+        if t.shape == block.members[-1][2].shape:
             raise LookupError("not here")
         return t
 

@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
@@ -79,18 +78,6 @@ inline Tensor fresh(at::IntArrayRef sizes, const Tensor& like, at::ScalarType ty
 
 inline const void* address(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 
-// No hook sees what is saved.
-class Unhooked {
- public:
-  Unhooked() : before_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
-  ~Unhooked() { at::SavedTensorDefaultHooks::set_tracing(before_); }
-  Unhooked(const Unhooked&) = delete;
-  Unhooked& operator=(const Unhooked&) = delete;
-
- private:
-  const bool before_;
-};
-
 // dy or x as a matrix.
 struct Rows {
   Tensor tensor;
@@ -108,15 +95,7 @@ class LoRANode : public Node {
   // In an order that each node has for itself. Ends by what a hook throws.
   void save(const variable_list& tensors) {
     saved_.reserve(tensors.size());
-    for (const Tensor& tensor : tensors) {
-      if (tensor.defined() && tensor.requires_grad() && tensor.is_leaf()) {
-        // The graph holds it anyway, so hooks need not see it (lora_kernels/saving.py).
-        const Unhooked unhooked;
-        saved_.emplace_back(tensor, false);
-      } else {
-        saved_.emplace_back(tensor, false);
-      }
-    }
+    for (const Tensor& tensor : tensors) saved_.emplace_back(tensor, false);
   }
   // An S that is not computed yet when the others are saved: beside them, for hooks take those away
   // (lora_kernels/deferred.py).
