@@ -136,6 +136,18 @@ def test_groups_are_as_exact_as_peft(case: GroupCase, device: torch.device, any_
     assert_as_exact_as_peft(ours, theirs, want)
 
 
+def test_a_bias_of_any_stride(device: torch.device, any_rows: list[list[int]]) -> None:
+    t = Case(17, 64, 48, 72, HALF, bias=True).tensors(device)
+    assert t.bias is not None
+    wide = torch.stack([t.bias, torch.full_like(t.bias, float("nan"))], dim=1)[:, 0]
+
+    def y(bias: Tensor) -> Tensor:
+        return lora_linear(t.x, t.weight, t.lora_A, t.lora_B, bias=bias, backend="triton")
+
+    assert torch.equal(y(wide), y(t.bias))
+    assert [2] in any_rows
+
+
 def layer(case: Case, device: torch.device, forward: bool = True) -> wide_ranks.Layer:
     t = case.tensors(device)
     if forward:

@@ -50,7 +50,8 @@ inline void launch_narrow(Launching& launching, WideLayers& layers, size_t count
 }
 
 // Each layer's out.
-inline void launch_each(Launching& launching, WideLayers layers, size_t count, const std::array<Tensor, kMostLayers>& outs) {
+inline void launch_each(Launching& launching, WideLayers layers, size_t count,
+                        const std::array<Tensor, kMostLayers>& outs) {
   launch_narrow(launching, layers, count);
   Products products;
   for (size_t i = 0; i < count; ++i) {

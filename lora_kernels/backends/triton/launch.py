@@ -118,6 +118,8 @@ def one_pass(
     Returns:
         out [M, N] in left's dtype; S [M, R], in float32 if precision is "split".
     """
+    if bias is not None and bias.stride(0) != 1:
+        bias = bias.contiguous()
     layer = wide_ranks.Layer(left, weight, down, up, bias, scale)
     if tiles is None and wide_ranks.are_wide([layer], dropout is not None, precision):
         (out,), (s,) = wide_ranks.each([layer])
@@ -128,8 +130,6 @@ def one_pass(
     s = torch.empty(M, R, dtype=torch.float32 if precision == "split" else dtype, device=device)
     if M == 0:
         return out, s
-    if bias is not None and bias.stride(0) != 1:
-        bias = bias.contiguous()
     launch = one_pass_launch(
         left, weight, down, up, bias, scale, dropout, mask_left, precision, (tiles, spin_limit, programs)
     )
