@@ -121,7 +121,8 @@ def each(layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     """Every layer's out and S, as a forward has them."""
     layers = [layer.rounded() for layer in layers]
     ss = _scaled(layers)
-    outs = _sums([[_pair(a.left, a.weight), _pair(s, a.up)] for a, s in zip(layers, ss, strict=True)], [a.bias for a in layers])
+    pairs = [[_pair(a.left, a.weight), _pair(s, a.up)] for a, s in zip(layers, ss, strict=True)]
+    outs = _sums(pairs, [a.bias for a in layers])
     return outs, ss
 
 
@@ -143,7 +144,8 @@ def _pair(left: Tensor, right: Tensor) -> _Pair:
 
 def _scaled(layers: Sequence[Layer]) -> list[Tensor]:
     """S of each layer."""
-    return _launched([[_pair(layer.left, layer.down)] for layer in layers], [None] * len(layers), [layer.scale for layer in layers])
+    products = [[_pair(layer.left, layer.down)] for layer in layers]
+    return _launched(products, [None] * len(layers), [layer.scale for layer in layers])
 
 
 def _sums(outputs: Sequence[Sequence[_Pair]], biases: Sequence[Tensor | None]) -> list[Tensor]:
