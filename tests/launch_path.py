@@ -59,6 +59,12 @@ class LaunchPath:
         self.driver.launches.clear()
         return found
 
+    def launched(self) -> list[str]:
+        """The kernels since the last look."""
+        names = [launched.name for launched in self.driver.launches]
+        self.driver.launches.clear()
+        return names
+
 
 @pytest.fixture
 def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from lora_kernels.backends import Activation, Precision
-from lora_kernels.backends.triton.group_launch import MOST_MEMBERS
+from lora_kernels.backends.triton.launches import MOST_MEMBERS
 from lora_kernels.backends.triton.mask_launch import MASK_BLOCK
 from lora_kernels.backends.triton.nf4_launch import DEQUANTIZE_BLOCK
 from lora_kernels.backends.triton.nf4_tiles import NF4Tiles, fly_table

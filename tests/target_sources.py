@@ -16,9 +16,8 @@ from lora_kernels.backends.triton.gated import gated_backward_kernel, gated_forw
 from lora_kernels.backends.triton.group_forward import group_forward_kernel
 from lora_kernels.backends.triton.group_grads import group_grads_kernel
 from lora_kernels.backends.triton.group_input import group_input_kernel
-from lora_kernels.backends.triton.group_launch import MOST_MEMBERS
 from lora_kernels.backends.triton.group_operands import up_block
-from lora_kernels.backends.triton.launches import divisor
+from lora_kernels.backends.triton.launches import MOST_MEMBERS, divisor
 from lora_kernels.backends.triton.mask import mask_kernel
 from lora_kernels.backends.triton.nf4 import dequantize_kernel
 from lora_kernels.backends.triton.nf4_product import nf4_product_kernel

@@ -13,13 +13,6 @@ pytest_plugins = ("launch_path",)
 TWICE = ["products", "products"]
 
 
-def launched(path: LaunchPath) -> list[str]:
-    """The kernels since the last look."""
-    names = [launch.name for launch in path.driver.launches]
-    path.driver.launches.clear()
-    return names
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapters", [bf16, torch.float32], ids=str)
 def test_the_values_and_bits_of_the_python_path(adapters: torch.dtype, bias: bool, wide_ranks: LaunchPath) -> None:
@@ -30,18 +23,18 @@ def test_the_values_and_bits_of_the_python_path(adapters: torch.dtype, bias: boo
         tensors[name] = tensors[name].detach().to(adapters).requires_grad_()
     with torch.autocast("cpu", bf16, enabled=adapters == torch.float32):
         assert_learned(wide_ranks, tensors)
-        launched(wide_ranks)
+        wide_ranks.launched()
         wide = run(tensors)
-    assert launched(wide_ranks) == [*TWICE, *TWICE]
+    assert wide_ranks.launched() == [*TWICE, *TWICE]
     # With a mask, as with a smaller rank, it is the one-pass kernel's.
     assert_learned(wide_ranks, tensors, dropout_p=0.3)
-    assert not set(TWICE) & set(launched(wide_ranks))
+    assert not set(TWICE) & set(wide_ranks.launched())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_kernels.backends.triton.wide_ranks.is_wide_rank", lambda rows, rank, members=1: False)
         wide_ranks.extension.clear()
         with torch.autocast("cpu", bf16, enabled=adapters == torch.float32):
             one_pass = run(tensors)
-    assert launched(wide_ranks) == ["one_pass", "one_pass", "adapter_grads"]
+    assert wide_ranks.launched() == ["one_pass", "one_pass", "adapter_grads"]
     for got, want in zip(wide, one_pass, strict=True):
         if want is not None:
             torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
@@ -52,7 +45,7 @@ def test_halves_are_not_theirs(wide_ranks: LaunchPath) -> None:
     for name in ("lora_A", "lora_B"):
         tensors[name] = tensors[name].detach().float().requires_grad_()
     assert_learned(wide_ranks, tensors)
-    assert "products" not in launched(wide_ranks)
+    assert "products" not in wide_ranks.launched()
 
 
 @pytest.mark.parametrize("needed", SUBSETS, ids=lambda s: "+".join(s) or "none")
@@ -61,7 +54,7 @@ def test_every_subset_of_gradients(needed: tuple[str, ...], wide_ranks: LaunchPa
     want = in_python(tensors)
     for _ in range(4):
         assert_same(run(tensors), want)
-    assert "one_pass" not in launched(wide_ranks)
+    assert "one_pass" not in wide_ranks.launched()
 
 
 def test_what_tma_cannot_read_is_not_theirs(wide_ranks: LaunchPath) -> None:
@@ -74,7 +67,7 @@ def test_what_tma_cannot_read_is_not_theirs(wide_ranks: LaunchPath) -> None:
         make(*LEAVES, sizes=(5, 24, 36, 48)),
     ):
         assert_learned(wide_ranks, tensors | other)
-        assert launched(wide_ranks)[:2] != TWICE
+        assert wide_ranks.launched()[:2] != TWICE
 
 
 @pytest.mark.parametrize("adapters", [bf16, torch.float32], ids=str)
@@ -83,10 +76,10 @@ def test_groups(layers: tuple[tuple[int, int], ...], adapters: torch.dtype, wide
     call = group((5,), *layers, bias=True).adapters(lambda t: leaf(t, lambda t: t.to(adapters)), "lora_A", "lora_B")
     with torch.autocast("cpu", bf16, enabled=adapters == torch.float32):
         assert_learned_call(wide_ranks, call)
-        launched(wide_ranks)
+        wide_ranks.launched()
         ys = call()
         torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
-    assert launched(wide_ranks) == [*TWICE, *TWICE]
+    assert wide_ranks.launched() == [*TWICE, *TWICE]
 
 
 def test_a_gated_mlp(wide_ranks: LaunchPath) -> None:
@@ -96,11 +89,11 @@ def test_a_gated_mlp(wide_ranks: LaunchPath) -> None:
     call = call.member(0, lora_A=wide[0].lora_A, lora_B=wide[0].lora_B)
     call = call.member(1, lora_A=wide[1].lora_A, lora_B=wide[1].lora_B)
     assert_learned_call(wide_ranks, call)
-    launched(wide_ranks)
+    wide_ranks.launched()
     (y,) = call()
-    assert launched(wide_ranks) == [*TWICE, "gated_forward", "one_pass"]
+    assert wide_ranks.launched() == [*TWICE, "gated_forward", "one_pass"]
     y.sum().backward()
-    assert launched(wide_ranks) == ["one_pass", "gated_backward", "adapter_grads", *TWICE]
+    assert wide_ranks.launched() == ["one_pass", "gated_backward", "adapter_grads", *TWICE]
 
 
 def test_a_gated_mlp_all_of_which_is_wide(wide_ranks: LaunchPath) -> None:
@@ -109,15 +102,15 @@ def test_a_gated_mlp_all_of_which_is_wide(wide_ranks: LaunchPath) -> None:
     for index, member in enumerate(wide):
         call = call.member(index, lora_A=member.lora_A, lora_B=member.lora_B)
     assert_learned_call(wide_ranks, call)
-    launched(wide_ranks)
+    wide_ranks.launched()
     (y,) = call()
-    assert launched(wide_ranks) == [*TWICE, "gated_forward", *TWICE]
+    assert wide_ranks.launched() == [*TWICE, "gated_forward", *TWICE]
     y.sum().backward()
-    assert launched(wide_ranks) == [*TWICE, "gated_backward", *TWICE]
+    assert wide_ranks.launched() == [*TWICE, "gated_backward", *TWICE]
 
 
 def test_a_decoder_layer_of_peft_s(wide_ranks: LaunchPath, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its adapters in float32, as PEFT makes them, under autocast, as Trainer has it."""
     with torch.autocast("cpu", bf16):
         assert_llama_learned("cpu", monkeypatch, rank=40)
-    assert set(launched(wide_ranks)) == {"products", "gated_forward", "gated_backward"}
+    assert set(wide_ranks.launched()) == {"products", "gated_forward", "gated_backward"}

@@ -48,10 +48,15 @@ def _describe(problem: Problem) -> str | None:
     )
     path = "TMA descriptors" if use_tma else "pointers"
     backward = "one" if backward_launch.is_for_one_launch(problem.device, problem.rank) else "two"
-    few = _describe_few_rows(chip, problem) if use_tma else ""
-    wide = wide_ranks.describe([problem])
-    nf4 = f"; {nf4_tiles.describe(chip, problem.dtype, problem.in_features)}" if problem.nf4 else ""
-    return f"one launch forward, {backward} backward, with dropout one more each; {path}; tiles by M from {tiles}{few}{f'; {wide}' if wide else ''}{nf4}"
+    notes = [
+        f"one launch forward, {backward} backward, with dropout one more each",
+        path,
+        f"tiles by M from {tiles}",
+        _describe_few_rows(chip, problem) if use_tma else None,
+        wide_ranks.describe([problem]),
+        nf4_tiles.describe(chip, problem.dtype, problem.in_features) if problem.nf4 else None,
+    ]
+    return "; ".join(note for note in notes if note is not None)
 
 
 def _describe_few_rows(chip: Chip, problem: Problem) -> str:
@@ -64,7 +69,7 @@ def _describe_few_rows(chip: Chip, problem: Problem) -> str:
         return " and ".join(f"{first} to {last}" for first, last in zip(firsts, lasts, strict=True))
 
     K, N = problem.in_features, problem.out_features
-    return f"; another kernel for y of {ranges(N, K)} rows and for dx of {ranges(K, N)}, with which a backward is two launches"
+    return f"another kernel for y of {ranges(N, K)} rows and for dx of {ranges(K, N)}, with which a backward is two launches"
 
 
 def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:

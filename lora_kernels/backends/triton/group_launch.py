@@ -28,7 +28,17 @@ from lora_kernels.backends.triton.group_operands import (
     up_block,
 )
 from lora_kernels.backends.triton.launch import looks
-from lora_kernels.backends.triton.launches import TYPES, Launch, alignment, divisor, dot_precision, fits_tma, remember
+from lora_kernels.backends.triton.launches import (
+    MOST_MEMBERS,
+    TYPES,
+    Launch,
+    alignment,
+    divisor,
+    dot_precision,
+    filled,
+    fits_tma,
+    remember,
+)
 from lora_kernels.backends.triton.tiles import (
     GradTiles,
     OnePassTiles,
@@ -40,8 +50,6 @@ from lora_kernels.backends.triton.tiles import (
     row_parts,
 )
 from lora_kernels.dropout import Dropout
-
-MOST_MEMBERS = 3
 
 _launches: dict[tuple[object, ...], Launch] = {}
 
@@ -97,9 +105,9 @@ def forward(
         chosen = tiles or group_tiles(chip, x.dtype.itemsize, use_tma, M, Ns)
         plan = plan_forward(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors)
         numbers = (
-            looks(spin_limit, triton.cdiv(K, chosen.block_k)) if plan.shares else 0, M, K, *_three(Ns, 0), *_three(ranks, 0),
+            looks(spin_limit, triton.cdiv(K, chosen.block_k)) if plan.shares else 0, M, K, *filled(Ns, 0), *filled(ranks, 0),
             plan.k_parts[0], plan.shares, int(plan.left_stays), x.stride(0),
-            *_three([w.stride(0) for w in weights.stored], 0),
+            *filled([w.stride(0) for w in weights.stored], 0),
         )  # fmt: skip
         options = _options(plan, ranks, x.dtype, precision) | {
             "W_IS_NK": weights.by_rows,
@@ -115,8 +123,8 @@ def forward(
         )  # fmt: skip
         remember(_launches, key, launch)
     pairs = [t for pair in zip(weights.stored, ys, strict=True) for t in pair]
-    launch(x.device, (x, *_three(pairs, None, 6), *_three(lora_As), *_three(lora_Bs), *_three(biases), *_three(ss),
-                      *_three(masks), *_three(scale_tensors), *_memory(launch, x.device), *_three(scales)))  # fmt: skip
+    launch(x.device, (x, *filled(pairs, None, 6), *filled(lora_As), *filled(lora_Bs), *filled(biases), *filled(ss),
+                      *filled(masks), *filled(scale_tensors), *_memory(launch, x.device), *filled(scales)))  # fmt: skip
     return ys, list(ss) if want_s else [None] * len(ss)
 
 
@@ -169,9 +177,9 @@ def backward_input(
         chosen = tiles or group_tiles(chip, itemsize, use_tma, M, [K])
         plan = plan_input(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors)
         numbers = (
-            looks(spin_limit, sum(triton.cdiv(N, chosen.block_k) for N in Ns)) if plan.shares else 0, M, K, *_three(Ns, 0),
-            *_three(ranks, 0), *_three(plan.k_parts, 0), plan.shares, int(plan.left_stays),
-            *_three([dy.stride(0) for dy in dys], 0), *_three([w.stride(0) for w in weights.stored], 0),
+            looks(spin_limit, sum(triton.cdiv(N, chosen.block_k) for N in Ns)) if plan.shares else 0, M, K, *filled(Ns, 0),
+            *filled(ranks, 0), *filled(plan.k_parts, 0), plan.shares, int(plan.left_stays),
+            *filled([dy.stride(0) for dy in dys], 0), *filled([w.stride(0) for w in weights.stored], 0),
         )  # fmt: skip
         options = _options(plan, ranks, first.dtype, precision) | {
             "W_IS_NK": not weights.by_rows,
@@ -190,8 +198,8 @@ def backward_input(
         )  # fmt: skip
         remember(_launches, key, launch)
     pairs = [t for pair in zip(dys, weights.stored, strict=True) for t in pair]
-    launch(first.device, (dx, *_three(pairs, None, 6), *_three(lora_Bs), *_three(lora_As), *_three(ts), *_three(masks),
-                          *_three(scale_tensors), *_memory(launch, first.device), *_three(scales)))  # fmt: skip
+    launch(first.device, (dx, *filled(pairs, None, 6), *filled(lora_Bs), *filled(lora_As), *filled(ts), *filled(masks),
+                          *filled(scale_tensors), *_memory(launch, first.device), *filled(scales)))  # fmt: skip
     return dx, ts
 
 
@@ -255,9 +263,9 @@ def backward_adapters(
         parts, rows_per_part = row_parts(chip, chosen, M, blocks * chunks)
         stored_tiles = blocks + max(0, len(given_ts) - 1) * blocks_x
         numbers = (
-            M, K, *_three([dy.shape[1] for dy in given_dys], 0),
-            *_three([t.shape[1] for t in given_ts], 0), *_three([s.shape[1] for s in given_ss], 0),
-            0 if read_x is None else read_x.stride(0), *_three([dy.stride(0) for dy in given_dys], 0), rows_per_part, parts,
+            M, K, *filled([dy.shape[1] for dy in given_dys], 0),
+            *filled([t.shape[1] for t in given_ts], 0), *filled([s.shape[1] for s in given_ss], 0),
+            0 if read_x is None else read_x.stride(0), *filled([dy.stride(0) for dy in given_dys], 0), rows_per_part, parts,
         )  # fmt: skip
         options = {
             "A_COUNT": len(given_ts),
@@ -276,8 +284,8 @@ def backward_adapters(
             parts * stored_tiles * chunks * chosen.block_c * block_r, blocks * chunks, numbers,
         )  # fmt: skip
         remember(_launches, key, launch)
-    launch(device, (read_x, *_three(given_dys), *_three(given_ts), *_three(given_ss), *_three(given_dAs), *_three(given_dBs),
-                    *_three(masks), *_memory(launch, device)))  # fmt: skip
+    launch(device, (read_x, *filled(given_dys), *filled(given_ts), *filled(given_ss), *filled(given_dAs), *filled(given_dBs),
+                    *filled(masks), *_memory(launch, device)))  # fmt: skip
     return dAs, dBs
 
 
@@ -313,8 +321,3 @@ def _memory(launch: Launch, device: torch.device) -> tuple[Tensor, Tensor]:
     """A workspace, and zeros to count in."""
     workspace = torch.empty(launch.workspace_size, dtype=torch.float32, device=device)
     return workspace, zeros_for(device, launch.counters)
-
-
-def _three(values: Sequence[Any], filler: Any = None, length: int = MOST_MEMBERS) -> tuple[Any, ...]:
-    """As many as the kernels have arguments for."""
-    return (*values, *[filler] * (length - len(values)))

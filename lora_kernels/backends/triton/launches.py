@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from lora_kernels.backends.triton import ahead
 from lora_kernels.backends.triton.direct import BoundLaunch, DirectKernel, direct_kernel
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+# Of a group, what its kernels have arguments for.
+MOST_MEMBERS = 3
 _MOST_PLANS = 4096
 # Of the leading arguments of a kernel: None for one that is not there.
 Blocks = tuple[tuple[int, int] | None, ...]
@@ -154,6 +156,11 @@ def alignment(*tensors: Tensor | None) -> int:
 def divisor(*numbers: int) -> int:
     """What divides all numbers, 8 at most: of 16-bit ones as many as one load takes. Triton itself asks only about 16."""
     return math.gcd(8, *numbers)
+
+
+def filled(values: Sequence[Any], filler: Any = None, length: int = MOST_MEMBERS) -> tuple[Any, ...]:
+    """As many as a kernel has arguments for."""
+    return (*values, *[filler] * (length - len(values)))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -9,14 +9,23 @@ dA_i = T_i^T x and dB_i = dy_i^T S_i are the libraries'.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from lora_kernels.backends import Precision, Problem, Scale
-from lora_kernels.backends.triton.launches import TYPES, Launch, alignment, dot_precision, fits_tma, remember
+from lora_kernels.backends.triton.launches import (
+    MOST_MEMBERS,
+    TYPES,
+    Launch,
+    alignment,
+    dot_precision,
+    filled,
+    fits_tma,
+    remember,
+)
 from lora_kernels.backends.triton.products import products_kernel
 from lora_kernels.backends.triton.tiles import (
     INTERPRETER,
@@ -29,7 +38,7 @@ from lora_kernels.backends.triton.tiles import (
 )
 from lora_kernels.dropout import Dropout
 
-_MOST_MEMBERS, _MOST_PAIRS = 3, 6
+_MOST_PAIRS = 2 * MOST_MEMBERS
 
 _launches: dict[tuple[object, ...], Launch] = {}
 
@@ -122,7 +131,7 @@ def each(layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     layers = [layer.rounded() for layer in layers]
     ss = _scaled(layers)
     pairs = [[_pair(a.left, a.weight), _pair(s, a.up)] for a, s in zip(layers, ss, strict=True)]
-    outs = _sums(pairs, [a.bias for a in layers])
+    outs = _launched(pairs, [a.bias for a in layers])
     return outs, ss
 
 
@@ -132,7 +141,7 @@ def summed(layers: Sequence[Layer]) -> tuple[Tensor, list[Tensor]]:
     ss = _scaled(layers)
     pairs = [_pair(layer.left, layer.weight) for layer in layers]
     pairs += [_pair(s, layer.up) for layer, s in zip(layers, ss, strict=True)]
-    (out,) = _sums([pairs], [None])
+    (out,) = _launched([pairs], [None])
     return out, ss
 
 
@@ -148,12 +157,8 @@ def _scaled(layers: Sequence[Layer]) -> list[Tensor]:
     return _launched(products, [None] * len(layers), [layer.scale for layer in layers])
 
 
-def _sums(outputs: Sequence[Sequence[_Pair]], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    return _launched(outputs, biases, [])
-
-
 def _launched(
-    outputs: Sequence[Sequence[_Pair]], biases: Sequence[Tensor | None], scales: Sequence[Scale]
+    outputs: Sequence[Sequence[_Pair]], biases: Sequence[Tensor | None], scales: Sequence[Scale] = ()
 ) -> list[Tensor]:
     """Each output's sum of products: with a bias of each or none, and of one product with a scale."""
     first = outputs[0][0].left
@@ -172,9 +177,9 @@ def _launched(
         remember(_launches, key, launch)
     flat = [t for pair in pairs for t in (pair.left, pair.right)]
     numbers = [1.0 if isinstance(scale, Tensor) else float(scale) for scale in scales]
-    launch(device, (*_filled(outs, None, _MOST_MEMBERS), *_filled(flat, None, 2 * _MOST_PAIRS),
-                    *_filled(biases, None, _MOST_MEMBERS), *_filled(tensors, None, _MOST_MEMBERS),
-                    *_filled(numbers, None, _MOST_MEMBERS)))  # fmt: skip
+    launch(device, (*filled(outs), *filled(flat, None, 2 * _MOST_PAIRS),
+                    *filled(biases), *filled(tensors),
+                    *filled(numbers)))  # fmt: skip
     return outs
 
 
@@ -190,9 +195,9 @@ def _plan(outs: Sequence[Tensor], pairs: Sequence[_Pair], key: tuple[object, ...
     # All outputs go through as many steps, so that one loop can have them all.
     steps = [triton.cdiv(max(lengths[place::per_output]), tiles.block_k) for place in range(per_output)]
     numbers = (
-        M, *_filled(Ns, 0, _MOST_MEMBERS), *_filled(lengths, 0, _MOST_PAIRS), *_filled(steps, 0, _MOST_PAIRS),
-        *_filled([pair.left.stride(0) for pair in pairs], 0, _MOST_PAIRS),
-        *_filled([pair.right.stride(0) for pair in pairs], 0, _MOST_PAIRS),
+        M, *filled(Ns, 0), *filled(lengths, 0, _MOST_PAIRS), *filled(steps, 0, _MOST_PAIRS),
+        *filled([pair.left.stride(0) for pair in pairs], 0, _MOST_PAIRS),
+        *filled([pair.right.stride(0) for pair in pairs], 0, _MOST_PAIRS),
     )  # fmt: skip
     # Whether there is a next tile to load while one is finished.
     flat = tiles.use_tma and count > programs and per_output > 1
@@ -222,9 +227,4 @@ def _blocks(tiles: OnePassTiles, outs: int, pairs: int, right_is_nk: bool) -> tu
     """The tiles of the leading arguments, of which those that are not there have none."""
     m, n, k = tiles.block_m, tiles.block_n, tiles.block_k
     of_pair = [(m, k), (n, k) if right_is_nk else (k, n)]
-    return (*_filled([(m, n // 2)] * outs, None, _MOST_MEMBERS), *of_pair * pairs)
-
-
-def _filled(values: Sequence[Any], filler: Any, length: int) -> tuple[Any, ...]:
-    """As many as the kernel has arguments for."""
-    return (*values, *[filler] * (length - len(values)))
+    return (*filled([(m, n // 2)] * outs), *of_pair * pairs)
