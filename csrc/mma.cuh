@@ -32,6 +32,19 @@ __device__ inline void load_b_transposed(uint32_t (&b)[4], const T* tile, int st
   load_matrices_transposed(b, tile + (depth0 + lane % 16) * stride + column0 + lane / 16 * 8);
 }
 
+// acc += A B straight from memory: of two rows of A, eight apart, and of a column of B the same eight neighbours along
+// the depth, of which the four lanes of a row have 32. Their order within a product is free.
+template <class T>
+__device__ inline void multiply_eights(float (&acc)[4], const Eight<T>& upper, const Eight<T>& lower,
+                                       const Eight<T>& column) {
+  const uint32_t *first = reinterpret_cast<const uint32_t*>(&upper), *second = reinterpret_cast<const uint32_t*>(&lower);
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t a[4] = {first[i], second[i], first[i + 1], second[i + 1]};
+    multiply(acc, a, reinterpret_cast<const uint32_t*>(&column) + i, T());
+  }
+}
+
 // The mask of two neighbouring fragments of C: words[i][j] decides the pair of columns that this lane has in row
 // lane / 4 + 8 * j of fragment i. The four lanes of a row call Philox once each, and exchange what they got.
 __device__ inline void fragment_words(uint32_t (&words)[2][2], int64_t seed, int64_t row0, int64_t column0, int lane) {

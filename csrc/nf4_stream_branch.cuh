@@ -26,18 +26,6 @@ struct Factor {
   }
 };
 
-// acc += U^T S^T, for two rows of one and a token of the other.
-template <class Part>
-__device__ inline void multiply_ranks(float (&acc)[4], const Eight<Part>& upper, const Eight<Part>& lower,
-                                      const Eight<Part>& token) {
-  const uint32_t *first = reinterpret_cast<const uint32_t*>(&upper), *second = reinterpret_cast<const uint32_t*>(&lower);
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t a[4] = {first[i], second[i], first[i + 1], second[i + 1]};
-    multiply(acc, a, reinterpret_cast<const uint32_t*>(&token) + i, Part());
-  }
-}
-
 // For the 16 columns of out from `row` on, and the tokens token_of. The first ranks of U are asked for before S is waited
 // for. float32 on both sides is split into two numbers of bf16, of whose products that of both low ones is left out.
 // `vectors` promises that rows of S and columns of U are whole groups of eight that start on 16 bytes.
@@ -67,10 +55,10 @@ __device__ inline void add_branch(float (&acc)[kTokenTiles][4], const OnePass& p
       const S* s = static_cast<const S*>(p.s) + token_of[j] * p.R + r;
       const Factor<Part, kSplit> token(load_eight<kPastL1>(s, 1, p.R - r, vectors));
       if constexpr (kSplit) {
-        multiply_ranks(acc[j], upper.low, lower.low, token.high);
-        multiply_ranks(acc[j], upper.high, lower.high, token.low);
+        multiply_eights(acc[j], upper.low, lower.low, token.high);
+        multiply_eights(acc[j], upper.high, lower.high, token.low);
       }
-      multiply_ranks(acc[j], upper.high, lower.high, token.high);
+      multiply_eights(acc[j], upper.high, lower.high, token.high);
     }
   }
 }
