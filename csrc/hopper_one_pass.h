@@ -1,6 +1,8 @@
 // The one-pass product on a chip of compute capability 9.0: products by wgmma, fed by TMA.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstddef>
 
 #include "problem.h"

@@ -1,15 +1,34 @@
 // A launch that is checked.
 #pragma once
 
+#include <map>
+#include <utility>
+
 #include "launches.h"
 
 namespace lora_kernels {
 
+// What is known of a kernel on a device: what it was told, and was compiled for. To tell it or to ask again takes as long as
+// a launch does.
+struct KernelFacts {
+  size_t shared_bytes = 48 * 1024;
+  bool leaves_room = false;
+  int ptx_version = 0;
+};
+
+template <class Kernel>
+KernelFacts& facts_of(Kernel kernel) {
+  thread_local std::map<std::pair<const void*, int>, KernelFacts> facts;
+  return facts[{reinterpret_cast<const void*>(kernel), current_device()}];
+}
+
 // Above 48 KiB only on demand.
 template <class Kernel>
 void allow_shared(const char* name, Kernel kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return;
+  KernelFacts& facts = facts_of(kernel);
+  if (bytes <= facts.shared_bytes) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+  facts.shared_bytes = bytes;
 }
 
 template <class... Parameters, class... Arguments>
@@ -24,8 +43,10 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
 // runs, so it is divided as the next launch, which has most of it as shared memory, wants it.
 template <class Kernel>
 void leave_room(const char* name, Kernel kernel) {
+  if (facts_of(kernel).leaves_room) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         name);
+  facts_of(kernel).leaves_room = true;
 }
 
 // Begins as soon as the launch before lets it (let_next_launch_begin), from compute capability 9.0 on. The kernel calls
@@ -34,15 +55,19 @@ template <class... Parameters, class... Arguments>
 void launch_overlapping(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                         cudaStream_t stream, const Arguments&... arguments) {
   allow_shared(name, kernel, shared_bytes);
-  cudaFuncAttributes compiled{};
-  check(cudaFuncGetAttributes(&compiled, kernel), name);
+  int& ptx_version = facts_of(kernel).ptx_version;
+  if (ptx_version == 0) {
+    cudaFuncAttributes compiled{};
+    check(cudaFuncGetAttributes(&compiled, kernel), name);
+    ptx_version = compiled.ptxVersion;
+  }
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &early, config.numAttrs = compiled.ptxVersion >= 90 ? 1 : 0;
+  config.attrs = &early, config.numAttrs = ptx_version >= 90 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 

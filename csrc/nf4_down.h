@@ -1,6 +1,8 @@
 // S beside a product with a packed NF4 weight, which is launched after it and overlaps it.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "problem.h"
 
 namespace lora_kernels {

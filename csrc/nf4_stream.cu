@@ -1,6 +1,8 @@
 #include "nf4_stream.cuh"
 
 #include <algorithm>
+#include <array>
+#include <map>
 
 #include "launch.cuh"
 #include "nf4_down.h"
@@ -59,19 +61,16 @@ StreamPlan best_plan(const OnePass& problem, int chip, int shared_of_block) {
   return best;
 }
 
-// The same, which is asked for several times a call.
+// The same, which is asked for several times a call. The layers of a model have a handful of shapes.
 StreamPlan plan_for(const OnePass& problem) {
-  struct Known {
-    int64_t M, N, K;
-    int chip, shared;
-    StreamPlan plan;
-  };
-  thread_local Known last{};
+  constexpr size_t kMostKnown = 1024;
+  thread_local std::map<std::array<int64_t, 5>, StreamPlan> known;
   const int chip = multiprocessors(), shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  if (last.M != problem.M || last.N != problem.N || last.K != problem.K || last.chip != chip || last.shared != shared) {
-    last = {problem.M, problem.N, problem.K, chip, shared, best_plan(problem, chip, shared)};
-  }
-  return last.plan;
+  const std::array<int64_t, 5> key{problem.M, problem.N, problem.K, chip, shared};
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  if (known.size() >= kMostKnown) known.clear();
+  return known[key] = best_plan(problem, chip, shared);
 }
 
 // Whether rows of S and columns of U are whole groups of eight that start on 16 bytes.

@@ -1,6 +1,8 @@
 // How a product with a packed NF4 weight is divided among blocks: nf4_stream.cuh says what the words mean.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "problem.h"
 
 namespace lora_kernels {

@@ -1,7 +1,6 @@
-// What a launch is asked to do: raw pointers, sizes and a stream. Nothing here, and no kernel, knows of PyTorch.
+// What a launch is asked to do: raw pointers and sizes. Nothing here, and no kernel, knows of PyTorch; and nothing here of
+// CUDA's headers, which csrc/host/ is compiled without.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include <cstdint>
 
