@@ -133,7 +133,7 @@ def test_quick_names_whom_it_left_out(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     argv = ["bench", "--device", "cpu", "--quick", "--no-plots", "--out", str(tmp_path)]
     assert main(argv) == 0
-    assert set(read_results(tmp_path / RESULTS_FILE).left_out) == {"peft-compile"}
+    assert set(read_results(tmp_path / RESULTS_FILE).left_out) == {"peft-compile", "auto"}
     _, reasons = capsys.readouterr().out.split("no figure:\n")
     assert "peft-compile  left out of --quick, because it is not compiled yet: --quick --providers" in reasons
     assert main([*argv, "--providers", "peft-compile"]) == 0
@@ -157,7 +157,7 @@ def test_quick_has_cuda_where_it_need_not_be_compiled(
     assert isinstance(everything, options.LayerOptions)
     assert ("cuda" in quick.providers, "cuda" in quick.left_out) == (takes_part, not takes_part)
     assert takes_part or "`python -m lora_kernels build --cuda` compiles it, once" in quick.left_out["cuda"]
-    assert everything.left_out == {}
+    assert set(everything.left_out) == {"auto"}
 
 
 def test_a_baseline_of_other_cases_is_an_error(
@@ -378,7 +378,7 @@ def test_defaults_depend_on_the_device() -> None:
     assert isinstance(cpu, options.LayerOptions)
     assert set(everything.cases) == {case for name in options.EVERYTHING for case in SUITES[name]}
     assert len(set(everything.cases)) == len(everything.cases)
-    assert everything.providers == tuple(PROVIDERS)
+    assert everything.providers == tuple(name for name in PROVIDERS if name != "auto")
     assert everything.regimes == ("warm", "cool")
     assert quick.cases == SUITES["quick"]
     assert quick.seconds < 60

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import use_backend
-from lora_kernels.cli.bench.providers import FLOOR, Missing
+from lora_kernels.cli.bench.providers import FLOOR, NAMED_ONLY, Missing
 from lora_kernels.cli.bench.shapes import PROJECTIONS, ModelShape
 from lora_kernels.dispatch import PREFERENCE, BackendName
 
@@ -45,11 +45,11 @@ MODEL_PROVIDERS: dict[str, ModelProvider] = {
     REFERENCE_FLOAT32: ModelProvider(float32=True),
     "peft-compile": ModelProvider(compiled=True),
     EXACT: ModelProvider(exact=True),
-    **{name: ModelProvider(backend=name) for name in reversed(PREFERENCE)},
+    **{name: ModelProvider(backend=name) for name in (*reversed(PREFERENCE), "auto")},
     "triton-float32": ModelProvider(backend="triton", float32=True),
 }
 # Who takes part only where it is named.
-LEFT_OUT = {
+LEFT_OUT = NAMED_ONLY | {
     "peft-compile": "left out, because a whole model takes minutes to compile: name it after --providers to have it",
     EXACT: "left out, because it is what rounding does to the others, not a way to train: name it after --providers",
 }

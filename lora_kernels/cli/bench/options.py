@@ -12,7 +12,7 @@ from lora_kernels.cli.arguments import number, whole
 from lora_kernels.cli.bench.cases import DTYPES, SUITES, Case
 from lora_kernels.cli.bench.clock import LAUNCHES, REGIMES
 from lora_kernels.cli.bench.models import LEFT_OUT, MODEL_PROVIDERS
-from lora_kernels.cli.bench.providers import FLOOR, PROVIDERS, left_out_of_quick
+from lora_kernels.cli.bench.providers import FLOOR, NAMED_ONLY, PROVIDERS, left_out_of_quick
 from lora_kernels.cli.bench.shapes import MODELS, TINY, ModelShape, projection_shapes
 from lora_kernels.cli.errors import UserError
 
@@ -172,7 +172,7 @@ def _layer_options(args: argparse.Namespace, common: tuple[str, Path | None, boo
         raise UserError("--regimes and --launches: a CPU has neither")
     if on_cpu and args.memory:
         raise UserError("--memory: only a GPU's memory is accounted for")
-    left_out = left_out_of_quick() if args.quick and not args.providers else {}
+    left_out = {} if args.providers else NAMED_ONLY | (left_out_of_quick() if args.quick else {})
     return LayerOptions(
         *common,
         cases=tuple(dict.fromkeys(_cases(args, on_cpu))),

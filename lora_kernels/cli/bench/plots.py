@@ -27,11 +27,12 @@ _COLORS = {
     "cuda": "C6",
     "triton": "C3",
     "triton-float32": "C8",
+    "auto": "C7",
 }
 # Ratios of short batches say more about launches than about layers: those have a picture of their own.
 _LONG = 1024
 # More lines than these and the floor's are a tangle.
-_AGAINST_M = ("bitsandbytes", "peft", "cuda", "triton")
+_AGAINST_M = ("bitsandbytes", "peft", "cuda", "triton", "auto")
 # Fewer steps are no curve.
 _LEAST_STEPS = 10
 

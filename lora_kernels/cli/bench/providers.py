@@ -177,8 +177,10 @@ PROVIDERS: dict[str, Provider] = {
     "peft": Provider(_peft),
     "peft-float32": Provider(_peft_float32),
     "peft-compile": Provider(_peft_compile),
-    **{name: Provider(_backend(name), own_masks=True) for name in reversed(PREFERENCE)},
+    **{name: Provider(_backend(name), own_masks=True) for name in (*reversed(PREFERENCE), "auto")},
 }
+# Who takes part only where it is named.
+NAMED_ONLY = {"auto": "left out, because it is one of the others: name it after --providers to have it"}
 
 
 def left_out_of_quick() -> dict[str, str]:
