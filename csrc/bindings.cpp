@@ -91,6 +91,17 @@ void run_hopper(const OnePass& problem, const Tensor& like, const Tensor& zeros,
       "hopper_one_pass");
 }
 
+// What is multiplied, but for the weight.
+OnePass problem_of(const Tensor& x, const Tensor& down, const Tensor& up, int64_t precision) {
+  OnePass problem{};
+  problem.M = x.size(0), problem.K = x.size(1), problem.N = up.size(1), problem.R = down.size(1);
+  problem.dtype = dtype_of(x);
+  problem.precision = static_cast<Precision>(precision);
+  problem.x = matrix(x);
+  problem.down = matrix(down), problem.up = matrix(up);
+  return problem;
+}
+
 // out and S of problem.h. The weight is [K, N], or an NF4 weight as it is stored: [N, K] forward, [K, N] backward.
 // `portable` forgoes the kernel for the chip at hand, for the one that runs everywhere. `zeros` is what kernels count in,
 // and leave zero.
@@ -101,12 +112,7 @@ std::tuple<Tensor, Tensor> one_pass(const Tensor& x, const MaybeTensor& weight, 
                                     int64_t raw_stream) {
   const OnDeviceOf device(x);
   const cudaStream_t stream = stream_of(raw_stream);
-  OnePass problem{};
-  problem.M = x.size(0), problem.K = x.size(1), problem.N = up.size(1), problem.R = down.size(1);
-  problem.dtype = dtype_of(x);
-  problem.precision = static_cast<Precision>(precision);
-  problem.x = matrix(x);
-  problem.down = matrix(down), problem.up = matrix(up);
+  OnePass problem = problem_of(x, down, up, precision);
   const Tensor bias_row = bias ? bias->contiguous() : Tensor();
   if (bias) problem.bias = bias_row.const_data_ptr(), problem.bias_dtype = dtype_of(bias_row);
   problem.scale = static_cast<float>(scale);
@@ -192,6 +198,21 @@ std::tuple<MaybeTensor, MaybeTensor> adapter_grads(const MaybeTensor& x, const T
   return {dA, dB};
 }
 
+// For csrc/host/, by address.
+void nf4_forward_on(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, void* stream) {
+  lora_kernels::nf4_forward(problem, weight, workspace, counters, static_cast<cudaStream_t>(stream));
+}
+
+// That address, and how many floats it works in and zeros it counts in for operands like these.
+std::tuple<uint64_t, int64_t, int64_t> nf4_forward_launch(const Tensor& x, const Nf4Weight& nf4, const Tensor& down,
+                                                          const Tensor& up, int64_t precision) {
+  const OnDeviceOf device(x);
+  const OnePass problem = problem_of(x, down, up, precision);
+  const Nf4 packed = nf4_of(nf4);
+  return {reinterpret_cast<uint64_t>(&nf4_forward_on), lora_kernels::nf4_forward_workspace(problem, packed),
+          lora_kernels::nf4_forward_counters(problem, packed)};
+}
+
 // Writes the weight to `out` [rows, columns], contiguous.
 void dequantize(const Nf4Weight& weight, const Tensor& out, int64_t raw_stream) {
   const OnDeviceOf device(out);
@@ -204,6 +225,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("one_pass", &one_pass);
   module.def("adapter_grads", &adapter_grads);
   module.def("dequantize", &dequantize);
+  module.def("nf4_forward_launch", &nf4_forward_launch);
   module.attr("torch_version") = TORCH_VERSION;
   module.attr("sources") = TEXT(LORA_KERNELS_SOURCES);
 }

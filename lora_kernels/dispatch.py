@@ -121,6 +121,10 @@ def choose(problem: Problem, name: BackendName) -> Choice:
         else:
             refusals[candidate] = str(reason)
     assert chosen is not None, "the eager backend takes everything"
+    if chosen.name == "triton" and problem.nf4:
+        from lora_kernels.backends import few_tokens
+
+        chosen, refusals["cuda"] = few_tokens.beside(chosen, problem, refusals["cuda"])
     return Choice(problem, chosen, refusals)
 
 

@@ -32,7 +32,7 @@ from lora_kernels.switches import is_on
 from lora_kernels.weights import Weight
 
 if TYPE_CHECKING:
-    from lora_kernels.backends.triton.launches import Launch
+    from lora_kernels.backends.triton.launches import Foreign, Launch
 
 # 0 leaves every call to Python.
 VARIABLE = "LORA_KERNELS_NATIVE"
@@ -46,13 +46,13 @@ linear: Callable[..., Tensor | bool | None] | None = None
 group: Callable[..., list[Tensor] | bool | None] | None = None
 gated: Callable[..., Tensor | bool | None] | None = None
 _device_type = "cuda"
-# The launch of a product that decodes its weight itself, and those of products whose rank is large.
-_DECODES, _WIDE = "nf4_product", ["products", "products"]
+# The launches of products that decode their weights themselves, and those of products whose rank is large.
+_DECODES, _STREAMS, _WIDE = "nf4_product", "nf4_stream", ["products", "products"]
 # Triton unloads kernels that nobody holds; the extension holds their addresses.
 _kernels: set[Any] = set()
 
 
-def noting(learn: bool, backend: Backend, x: Tensor) -> AbstractContextManager[list[Launch] | None]:
+def noting(learn: bool, backend: Backend, x: Tensor) -> AbstractContextManager[list[Launch | Foreign] | None]:
     """Notes the launches of a call on x, if it is to be learned and can be."""
     if not learn or backend.name != "triton" or x.device.type != _device_type or _extension() is None:
         return nullcontext()
@@ -64,7 +64,7 @@ def noting(learn: bool, backend: Backend, x: Tensor) -> AbstractContextManager[l
 
 def learn_linear(
     given: tuple[Any, ...],
-    made: list[Launch] | None,
+    made: list[Launch | Foreign] | None,
     backend: Backend,
     precision: Precision,
     dropout: Dropout | None,
@@ -88,7 +88,7 @@ def learn_linear(
 
 
 def learn_group(
-    given: tuple[Any, ...], made: list[Launch] | None, plan: Plan | GatedPlan, members: Sequence[Member]
+    given: tuple[Any, ...], made: list[Launch | Foreign] | None, plan: Plan | GatedPlan, members: Sequence[Member]
 ) -> None:
     """The same of lora_linear_group, and of lora_gated_mlp, whose plan is a GatedPlan.
 
@@ -208,11 +208,14 @@ def _products(name: str, p: float, *weights: Weight | None) -> list[list[str]]:
     decoding = _decoding(*weights)
     before = [*decoding, *_drawing(p, len(weights))]
     together = [[*before, name], [*before, *_WIDE]]
-    each = [*_drawing(p, 1), _DECODES]
-    return together if len(decoding) < len(weights) else [*together, each * len(weights)]
+    if len(decoding) < len(weights):
+        return together
+    # The kernel past which weights stream makes its mask itself, from a seed that C++ does not hand over.
+    streaming = [] if p else [[_STREAMS] * len(weights)]
+    return [*together, [*_drawing(p, 1), _DECODES] * len(weights), *streaming]
 
 
-def _handed_over(made: list[Launch], *ways: list[str]) -> list[Any] | None:
+def _handed_over(made: list[Launch | Foreign], *ways: list[str]) -> list[Any] | None:
     """The launches for C++; None if their names are none of these, or Triton makes one of them."""
     if [launch.name for launch in made] not in ways:
         return None
@@ -220,10 +223,15 @@ def _handed_over(made: list[Launch], *ways: list[str]) -> list[Any] | None:
     return None if None in launches else launches
 
 
-def _in_cpp(launch: Launch) -> Any:
+def _in_cpp(launch: Launch | Foreign) -> Any:
     """A launch of launches.py in C++; None if Triton makes it."""
-    bound, extension = launch.bound, _extension()
-    if bound is None or extension is None:
+    extension = _extension()
+    assert extension is not None
+    if isinstance(launch, tuple):
+        memory = (launch.workspace_size, launch.counters)
+        return extension.Launch(launch.address, 0, (0, 0, 0), 0, 0, [], {}, [], *memory, launch.name)
+    bound = launch.bound
+    if bound is None:
         return None
     kernel = bound.kernel
     _kernels.add(kernel)

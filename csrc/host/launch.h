@@ -99,6 +99,9 @@ class Launch {
     TORCH_CHECK(error == 0, "the CUDA driver refused a kernel launch with error " + std::to_string(error));
   }
 
+  // Of what another extension launches, the function that does.
+  void* function() const { return function_; }
+
   // The floats of memory that the kernel works in, and the zeros that it counts in.
   const int64_t workspace_size, counters;
   // The kernel's, as launches.py has it.

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "node.h"
+#include "stream.h"
 #include "wide.h"
 
 namespace lora_kernels::host {
@@ -48,6 +49,10 @@ inline void launch_layer(Launching& launching, const Tensor& x, const Layer& lay
     const Tensor weight = dense_of(layer.weight, launching, x, x.scalar_type());
     const Tensor mask = drawn(launching, seed, s.size(0), layer.lora_A->size(1));
     launch_one_pass(launching, x, weight, y, *layer.lora_A, *layer.lora_B, bias, s, mask, scale);
+    return;
+  }
+  if (launching.streams()) {
+    launch_stream(launching, x, layer, y, s, scale);
     return;
   }
   const Tensor mask = drawn(launching, seed, s.size(0), layer.lora_A->size(1));

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "../problem.h"
 #include "launch.h"
 #include "plans.h"
 #include "python.h"
@@ -24,6 +25,7 @@
 namespace lora_kernels::host {
 
 using at::Tensor;
+using lora_kernels::Precision;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
@@ -39,8 +41,6 @@ auto make_node(Arguments&&... arguments) {
     return c10::make_intrusive<T>(std::forward<Arguments>(arguments)...);
   }
 }
-
-enum class Precision : int64_t { kNative, kRounded, kSplit };
 
 using Launches = std::vector<std::shared_ptr<Launch>>;
 

@@ -58,7 +58,9 @@ class Launching {
   Launching(const Launches& launches, void* stream) : stream(stream), next_(launches.begin()), end_(launches.end()) {}
   Launch& next() { return **next_++; }
   // Whether the next one, but for masks, decodes a weight inside of a product.
-  bool decodes() const { return upcoming() == "nf4_product"; }
+  bool decodes() const { return upcoming() == "nf4_product" || streams(); }
+  // Whether that is the CUDA backend's.
+  bool streams() const { return upcoming() == "nf4_stream"; }
   // Whether the next one, but for masks, is a backward with all its gradients.
   bool is_whole() const { return upcoming() == "backward"; }
   // Whether the next one is of layers whose rank is large.

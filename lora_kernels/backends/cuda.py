@@ -19,6 +19,8 @@ _PRECISIONS: dict[Precision, int] = {"native": 0, "rounded": 1, "split": 2}
 # Of a product that decodes an NF4 weight inside of it: the rows of x and of dy at most, and what divides in_features
 # and, backward, out_features.
 _MOST_TOKENS, _MOST_TOKENS_BACKWARD, _LANE_CODES, _GROUP = 48, 64, 32, 8
+# Of a forward product past which the weight streams: x's rows at most, and the codes that must have one scale.
+_MOST_STREAM_TOKENS, _RUN = 16, 64
 
 
 def forward(
@@ -128,6 +130,34 @@ def one_pass(
     return out, s
 
 
+def cannot_stream(x: Tensor, weight: NF4Weight) -> str | None:
+    """Why a forward product cannot have the weight stream past few tokens; None if it can. nf4_stream_fits in words."""
+    if x.shape[0] > _MOST_STREAM_TOKENS:
+        return f"{x.shape[0]} rows are more than {_MOST_STREAM_TOKENS}"
+    if weight.block_size < _RUN:
+        return f"blocks of {weight.block_size} are less than {_RUN}"
+    if weight.shape[1] % _RUN != 0:
+        return f"{weight.shape[1]} columns are no multiple of {_RUN}"
+    return cannot_decode_inside(x, weight, forward=True)
+
+
+def forward_launch(
+    x: Tensor, weight: NF4Weight, lora_A: Tensor, lora_B: Tensor, precision: Precision
+) -> tuple[int, int, int]:
+    """The address of what launches a forward product that decodes; the floats it works in, the zeros it counts in."""
+    operands = (_packed(weight), lora_A.T, lora_B.T, _PRECISIONS[precision])
+    return _extension(x.device).nf4_forward_launch(x, *operands)  # type: ignore[no-any-return]
+
+
+def why_not_loaded(device: torch.device) -> str | None:
+    """Why what is compiled for a device cannot be loaded; None if it is loaded now."""
+    try:
+        _extension(device)
+    except (ImportError, OSError) as error:
+        return f"it cannot be loaded: {error}"
+    return None
+
+
 def _most_counters(M: int, N: int, rank: int, nf4: bool) -> int:
     """More than any kernel here counts in: some for each 64 rows of left and each 32 of the rank."""
     dense = 64 + (M // 64 + 4) * (2 + rank // 32)
@@ -209,14 +239,14 @@ def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:
 
 
 def _nf4_path(left: Tensor, weight: NF4Weight, forward: bool) -> NF4Path:
-    reason = _cannot_decode_inside(left, weight, forward)
+    reason = cannot_decode_inside(left, weight, forward)
     if reason is not None:
         return NF4Path("by a launch of its own", reason)
     most = _MOST_TOKENS if forward else _MOST_TOKENS_BACKWARD
     return NF4Path("inside of the product", f"{left.shape[0]} rows are at most {most}")
 
 
-def _cannot_decode_inside(left: Tensor, weight: NF4Weight, forward: bool) -> str | None:
+def cannot_decode_inside(left: Tensor, weight: NF4Weight, forward: bool) -> str | None:
     """Why a product of x or dy cannot decode the weight inside of it; None if it can.
 
     nf4_forward_fits and nf4_backward_fits in words.

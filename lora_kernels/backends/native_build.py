@@ -77,4 +77,5 @@ def _source_folder() -> Path:
 
 
 def _source_digest() -> str:
-    return cuda_build.digest_of(_source_folder(), [])
+    # The one file beside the folder that its files include.
+    return cuda_build.digest_of(_source_folder(), [(cuda_build.source_folder() / "problem.h").read_text()])

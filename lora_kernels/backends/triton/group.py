@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import Tensor
 
-from lora_kernels.backends import GroupBackend, Member, Precision, Problem
+from lora_kernels.backends import BackwardInput, GroupBackend, Member, Precision, Problem
 from lora_kernels.backends.triton import ahead, group_launch, nf4_launch, single, wide_ranks
 from lora_kernels.backends.triton.group_operands import adapters_of
 from lora_kernels.backends.triton.nf4_tiles import path_for
@@ -60,13 +60,22 @@ def backward_input(
         together = not any(_on_the_fly(dy, member, forward=False) for dy, member in pairs)
     if together:
         return group_launch.backward_input(dys, _decoded(members, dys[0]), precision, want_dx)
+    return one_by_one(single.backward_input, dys, members, precision)
+
+
+def one_by_one(
+    backward_input: BackwardInput, dys: list[Tensor], members: Sequence[Member], precision: Precision
+) -> tuple[Tensor, list[Tensor]]:
+    """A group's dx and Ts by a function on one member."""
     dx: Tensor | None = None
     ts = []
     for dy, (weight, lora_A, lora_B, _, scale, dropout) in zip(dys, members, strict=True):
         assert lora_B is not None
-        part, t = single.backward_input(dy, weight, lora_A, lora_B, scale, dropout, precision, want_dx)
+        part, t = backward_input(dy, weight, lora_A, lora_B, scale, dropout, precision, True)
+        assert part is not None
         ts.append(t)
-        dx = part if dx is None or part is None else dx.add_(part)
+        dx = part if dx is None else dx.add_(part)
+    assert dx is not None
     return dx, ts
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +25,15 @@ _MOST_PLANS = 4096
 Blocks = tuple[tuple[int, int] | None, ...]
 _notes = threading.local()
 _direct_kernels: dict[tuple[object, ...], DirectKernel | None] = {}
+
+
+class Foreign(NamedTuple):
+    """A launch that another extension makes: the address of what does, and the memory that it works and counts in."""
+
+    name: str
+    address: int
+    workspace_size: int
+    counters: int
 
 
 class Launch:
@@ -59,9 +68,7 @@ class Launch:
             if self.bound is None:
                 self._launch(tensors)
             return
-        noted = getattr(_notes, "launches", None)
-        if noted is not None:
-            noted.append(self)
+        note(lambda: self)
         if self.bound is not None and not _has_hooks():
             self.bound(_stream(device), tensors)
             return
@@ -74,11 +81,18 @@ class Launch:
         return launch_kernel(self._kernel, self._kind, self._grid, arguments, self._options, self._blocks)
 
 
+def note(launch: Callable[[], Launch | Foreign]) -> None:
+    """Notes a launch, which is asked for only if somebody wants to know."""
+    noted = getattr(_notes, "launches", None)
+    if noted is not None:
+        noted.append(launch())
+
+
 @contextmanager
-def noting() -> Iterator[list[Launch]]:
+def noting() -> Iterator[list[Launch | Foreign]]:
     """The launches that this thread makes inside the `with` block, in their order."""
     before = getattr(_notes, "launches", None)
-    made: list[Launch] = []
+    made: list[Launch | Foreign] = []
     _notes.launches = made
     try:
         yield made

@@ -1,0 +1,148 @@
+"""The automatic choice for NF4 weights on Hopper, where the CUDA backend is compiled: Triton's, but for a few tokens.
+
+Their products are the CUDA backend's, which are faster there (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends import Backend, Member, NF4Path, Precision, Problem, Scale, cuda
+from lora_kernels.backends.triton import BACKEND as TRITON
+from lora_kernels.backends.triton import backward_launch, group, launches, single
+from lora_kernels.dropout import Dropout
+from lora_kernels.nf4 import NF4Weight
+from lora_kernels.weights import Weight
+
+# Of dy, for dx. The forward's are those that a weight streams past.
+MOST_TOKENS_BACKWARD = 16
+# As csrc/host/ knows the launch.
+_LAUNCH = "nf4_stream"
+
+
+def beside(backend: Backend, problem: Problem, refusal: str) -> tuple[Backend, str]:
+    """The backend for a problem that Triton's was chosen for, and why not the CUDA backend, at first `refusal`."""
+    if torch.cuda.get_device_capability(problem.device) != (9, 0):
+        return backend, refusal
+    if (cuda.BACKEND.refuses(problem) or cuda.BACKEND.declines(problem)) is not None:
+        return backend, refusal
+    broken = cuda.why_not_loaded(problem.device)
+    if broken is not None:
+        return backend, broken
+    return BACKEND, f"{refusal}, but for what few tokens are multiplied with"
+
+
+def forward(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+    want_s: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y = x W^T + S B^T + b and S = scale * mask(x) A^T."""
+    if not (isinstance(weight, NF4Weight) and _streams(x, weight)):
+        return single.forward(x, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s)
+    launches.note(lambda: launches.Foreign(_LAUNCH, *cuda.forward_launch(x, weight, lora_A, lora_B, precision)))
+    return cuda.forward(x, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s)
+
+
+def backward_input(
+    dy: Tensor,
+    weight: Weight | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+    want_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """T = scale * dy B and dx = dy W + mask(T A)."""
+    takes = want_dx and isinstance(weight, NF4Weight) and _why_not_backward(dy, weight) is None
+    of = cuda.backward_input if takes else single.backward_input
+    return of(dy, weight, lora_A, lora_B, scale, dropout, precision, want_dx)
+
+
+def backward(
+    dy: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    scale: Scale,
+    dropout: Dropout | None,
+    precision: Precision,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx = dy W + mask(T A), and of dA = T^T mask(x) and dB = dy^T S what has an operand."""
+    if not (isinstance(weight, NF4Weight) and _why_not_backward(dy, weight) is None):
+        return single.backward(dy, weight, lora_A, lora_B, x, s, scale, dropout, precision, dtype)
+    dx, t = cuda.backward_input(dy, weight, lora_A, lora_B, scale, dropout, precision, True)
+    assert dx is not None
+    return dx, *backward_launch.adapter_grads(x, dy, s, None if x is None else t, dropout, dtype)
+
+
+def group_forward(
+    x: Tensor, members: Sequence[Member], precision: Precision, want_s: bool
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Each member's y and S."""
+    if not all(isinstance(member.weight, NF4Weight) and _streams(x, member.weight) for member in members):
+        return group.forward(x, members, precision, want_s)
+    results = [forward(x, *member, precision, want_s) for member in members]  # type: ignore[arg-type]
+    return [y for y, _ in results], [s for _, s in results]
+
+
+def group_backward_input(
+    dys: list[Tensor], members: Sequence[Member], precision: Precision, want_dx: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """dx = sum of dy_i W_i + mask_i(T_i A_i) and each T_i."""
+    pairs = list(zip(dys, members, strict=True))
+    takes = [isinstance(m.weight, NF4Weight) and _why_not_backward(dy, m.weight) is None for dy, m in pairs]
+    if not (want_dx and all(takes)):
+        return group.backward_input(dys, members, precision, want_dx)
+    return group.one_by_one(backward_input, dys, members, precision)
+
+
+def _streams(x: Tensor, weight: NF4Weight) -> bool:
+    return cuda.cannot_stream(x, weight) is None
+
+
+def _why_not_backward(dy: Tensor, weight: NF4Weight) -> str | None:
+    if dy.shape[0] > MOST_TOKENS_BACKWARD:
+        return f"{dy.shape[0]} rows are more than {MOST_TOKENS_BACKWARD}"
+    return cuda.cannot_decode_inside(dy, weight, forward=False)
+
+
+def _describe(problem: Problem) -> str | None:
+    return f"{TRITON.describe(problem)}, which is the CUDA backend's for a few tokens"
+
+
+def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:
+    assert TRITON.nf4_paths is not None
+    forward, backward = TRITON.nf4_paths(x, weight)
+    dy = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device="meta")
+    where = "inside of the CUDA backend's product"
+    if _streams(x, weight):
+        forward = NF4Path(where, f"{x.shape[0]} rows are few")
+    if _why_not_backward(dy, weight) is None:
+        backward = NF4Path(where, f"{x.shape[0]} rows are at most {MOST_TOKENS_BACKWARD}")
+    return forward, backward
+
+
+BACKEND = replace(
+    TRITON,
+    forward=forward,
+    backward_input=backward_input,
+    backward=backward,
+    describe=_describe,
+    nf4_paths=_nf4_paths,
+    group=replace(group.GROUP, forward=group_forward, backward_input=group_backward_input),
+)
