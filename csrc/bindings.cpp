@@ -4,6 +4,7 @@
 #include <torch/extension.h>
 #include <torch/version.h>
 
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -91,6 +92,10 @@ void run_hopper(const OnePass& problem, const Tensor& like, const Tensor& zeros,
       "hopper_one_pass");
 }
 
+// The launches of a call with a packed weight, which overlap, count in the same zeros as those of the next call: no other
+// thread may come between them. csrc/host/ calls without Python's lock.
+std::mutex overlapping_launches;
+
 // What is multiplied, but for the weight.
 OnePass problem_of(const Tensor& x, const Tensor& down, const Tensor& up, int64_t precision) {
   OnePass problem{};
@@ -100,6 +105,11 @@ OnePass problem_of(const Tensor& x, const Tensor& down, const Tensor& up, int64_
   problem.x = matrix(x);
   problem.down = matrix(down), problem.up = matrix(up);
   return problem;
+}
+
+void nf4_forward_on(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, void* stream) {
+  const std::lock_guard<std::mutex> alone(overlapping_launches);
+  lora_kernels::nf4_forward(problem, weight, workspace, counters, static_cast<cudaStream_t>(stream));
 }
 
 // out and S of problem.h. The weight is [K, N], or an NF4 weight as it is stored: [N, K] forward, [K, N] backward.
@@ -134,13 +144,13 @@ std::tuple<Tensor, Tensor> one_pass(const Tensor& x, const MaybeTensor& weight, 
     if (forward && lora_kernels::nf4_forward_fits(problem, packed)) {
       TORCH_CHECK(zeros.numel() >= lora_kernels::nf4_forward_counters(problem, packed), "too few counters");
       const Tensor workspace = floats(x, lora_kernels::nf4_forward_workspace(problem, packed));
-      lora_kernels::nf4_forward(problem, packed, workspace.mutable_data_ptr<float>(), zeros.mutable_data_ptr<int>(),
-                                stream);
+      nf4_forward_on(problem, packed, workspace.mutable_data_ptr<float>(), zeros.mutable_data_ptr<int>(), stream);
       return {out, s};
     }
     if (!forward && lora_kernels::nf4_backward_fits(problem, packed)) {
       TORCH_CHECK(zeros.numel() >= lora_kernels::nf4_backward_counters(problem), "too few counters");
       const Tensor workspace = floats(x, lora_kernels::nf4_backward_workspace(problem, packed));
+      const std::lock_guard<std::mutex> alone(overlapping_launches);
       lora_kernels::nf4_backward(problem, packed, workspace.mutable_data_ptr<float>(), zeros.mutable_data_ptr<int>(),
                                  stream);
       return {out, s};
@@ -198,18 +208,14 @@ std::tuple<MaybeTensor, MaybeTensor> adapter_grads(const MaybeTensor& x, const T
   return {dA, dB};
 }
 
-// For csrc/host/, by address.
-void nf4_forward_on(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, void* stream) {
-  lora_kernels::nf4_forward(problem, weight, workspace, counters, static_cast<cudaStream_t>(stream));
-}
-
-// That address, and how many floats it works in and zeros it counts in for operands like these.
+// The address of nf4_forward_on, and how many floats it works in and zeros it counts in for operands like these.
 std::tuple<uint64_t, int64_t, int64_t> nf4_forward_launch(const Tensor& x, const Nf4Weight& nf4, const Tensor& down,
                                                           const Tensor& up, int64_t precision) {
   const OnDeviceOf device(x);
   const OnePass problem = problem_of(x, down, up, precision);
   const Nf4 packed = nf4_of(nf4);
-  return {reinterpret_cast<uint64_t>(&nf4_forward_on), lora_kernels::nf4_forward_workspace(problem, packed),
+  constexpr lora_kernels::Nf4Forward forward = &nf4_forward_on;
+  return {reinterpret_cast<uint64_t>(forward), lora_kernels::nf4_forward_workspace(problem, packed),
           lora_kernels::nf4_forward_counters(problem, packed)};
 }
 

@@ -8,11 +8,10 @@
 
 namespace lora_kernels {
 
-// What is known of a kernel on a device: what it was told, and was compiled for. To tell it or to ask again takes as long as
-// a launch does.
+// What a thread has told a kernel on a device, and knows of it. To tell or to ask again takes as long as a launch does. What is
+// told counts for the process, so every thread has to say the same.
 struct KernelFacts {
-  size_t shared_bytes = 48 * 1024;
-  bool leaves_room = false;
+  bool may_have_all_shared = false, leaves_room = false;
   int ptx_version = 0;
 };
 
@@ -22,13 +21,16 @@ KernelFacts& facts_of(Kernel kernel) {
   return facts[{reinterpret_cast<const void*>(kernel), current_device()}];
 }
 
-// Above 48 KiB only on demand.
+// Above 48 KiB only on demand: all that a block can have.
 template <class Kernel>
 void allow_shared(const char* name, Kernel kernel, size_t bytes) {
   KernelFacts& facts = facts_of(kernel);
-  if (bytes <= facts.shared_bytes) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
-  facts.shared_bytes = bytes;
+  if (bytes <= 48 * 1024 || facts.may_have_all_shared) return;
+  cudaFuncAttributes compiled{};
+  check(cudaFuncGetAttributes(&compiled, kernel), name);
+  const int all = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(compiled.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, all), name);
+  facts.may_have_all_shared = true;
 }
 
 template <class... Parameters, class... Arguments>

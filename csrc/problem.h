@@ -64,6 +64,9 @@ inline DType s_dtype(const OnePass& problem) {
   return problem.precision == Precision::kSplit ? DType::kFloat32 : problem.dtype;
 }
 
+// How csrc/host/ calls launches.h's nf4_forward, whose stream is a type of CUDA's: by address.
+using Nf4Forward = void (*)(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, void* stream);
+
 // dA = T^T mask(x) [R, K] where t is given, dB = dy^T S [N, R] where s is given; both contiguous, in grad_dtype.
 struct AdapterGrads {
   int64_t M, N, K, R;

@@ -58,4 +58,6 @@ def _choose_group(choices: tuple[Choice, ...]) -> GroupChoice:
         reason = f"{first.name} has no functions on groups"
     else:
         reason = first.group.refuses([choice.problem for choice in choices])
-    return GroupChoice(choices, Plan(first.group if reason is None else None, backends, precisions), reason)
+    # Of an automatic choice, the records of NF4 weights may know of more than those of dense ones.
+    group = next((choice.backend.group for choice in choices if choice.problem.nf4), first.group)
+    return GroupChoice(choices, Plan(group if reason is None else None, backends, precisions), reason)

@@ -210,9 +210,8 @@ def _products(name: str, p: float, *weights: Weight | None) -> list[list[str]]:
     together = [[*before, name], [*before, *_WIDE]]
     if len(decoding) < len(weights):
         return together
-    # The kernel past which weights stream makes its mask itself, from a seed that C++ does not hand over.
-    streaming = [] if p else [[_STREAMS] * len(weights)]
-    return [*together, [*_drawing(p, 1), _DECODES] * len(weights), *streaming]
+    # The kernel past which weights stream draws its mask itself.
+    return [*together, [*_drawing(p, 1), _DECODES] * len(weights), [_STREAMS] * len(weights)]
 
 
 def _handed_over(made: list[Launch | Foreign], *ways: list[str]) -> list[Any] | None:
@@ -225,9 +224,11 @@ def _handed_over(made: list[Launch | Foreign], *ways: list[str]) -> list[Any] | 
 
 def _in_cpp(launch: Launch | Foreign) -> Any:
     """A launch of launches.py in C++; None if Triton makes it."""
+    from lora_kernels.backends.triton.launches import Foreign
+
     extension = _extension()
     assert extension is not None
-    if isinstance(launch, tuple):
+    if isinstance(launch, Foreign):
         memory = (launch.workspace_size, launch.counters)
         return extension.Launch(launch.address, 0, (0, 0, 0), 0, 0, [], {}, [], *memory, launch.name)
     bound = launch.bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,11 @@ import pytest
 import torch
 from cases import HAS_GPU, Case
 from cuda_emulator import COMPILER, load
-from launch_path import LaunchPath, assert_same, in_python, make, run
+from launch_path import NATIVE, LaunchPath, assert_same, in_python, make, run
 from native_calls import KINDS, leaf, step, step_in_python
 from torch import Tensor
 
-from lora_kernels import NF4Weight, dispatch, explain, explain_group, lora_linear, lora_linear_group
+from lora_kernels import NF4Weight, dispatch, explain, explain_group, lora_linear, lora_linear_group, native
 from lora_kernels.backends import Problem, cuda, cuda_build, eager
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -57,21 +58,33 @@ def streams(path: LaunchPath, calls: list[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cuda, "_extension", lambda device: extension)
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
     monkeypatch.setattr(cuda, "zeros_for", lambda device, count: torch.zeros(count, dtype=torch.int32))
-    monkeypatch.setattr(dispatch, "_load", lambda name: (few_tokens.BACKEND, None))
+
+    def choose(problem: Problem, name: str) -> dispatch.Choice:
+        return dispatch.Choice(problem, few_tokens.BACKEND if name == "auto" and problem.nf4 else TRITON, {})
+
+    monkeypatch.setattr("lora_kernels.functional.choose", choose)
     return calls
 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[Problem]:
     """A problem on a Hopper for which the CUDA backend is compiled."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_build, "is_built", lambda capability: True)
+    monkeypatch.setattr(cuda_build, "why_stale", lambda: None)
     monkeypatch.setattr(cuda, "BACKEND", replace(cuda.BACKEND, refuses=lambda p: None, declines=lambda p: None))
     monkeypatch.setattr(cuda, "why_not_loaded", lambda device: None)
     loaded = {"triton": PLAIN, "eager": eager.BACKEND}
     monkeypatch.setattr(dispatch, "_load", lambda name: (loaded.get(name, cuda.BACKEND), None))
-    dispatch.choose.cache_clear()
+    _forget_choices()
     yield Problem(torch.device("cuda", 0), torch.bfloat16, "native", 128, 64, 8, nf4=True)
+    _forget_choices()
+
+
+def _forget_choices() -> None:
     dispatch.choose.cache_clear()
+    few_tokens._is_measured_and_compiled.cache_clear()
 
 
 def reference(tensors: dict[str, Any], scaling: float = 2.0) -> Tensor:
@@ -89,18 +102,18 @@ def nf4(weight: Tensor) -> NF4Weight:
 @pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_layer(adapters: torch.dtype, dropout: float, autocast: bool, streams: list[str]) -> None:
-    """Without dropout the forward is C++ in the end, with the bits of the path through Python."""
+    """The forward is C++ in the end, with the bits of the path through Python."""
     tensors: dict[str, Any] = make("x", "lora_A", "lora_B", sizes=(2, 3, 128, 40, 3))
     tensors |= {name: leaf(tensors[name], lambda t: t.to(adapters)) for name in ("lora_A", "lora_B")}
     tensors["weight"] = nf4(tensors["weight"])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        want = in_python(tensors, dropout_p=dropout)
+        want = in_python(tensors, dropout_p=dropout, backend="auto")
         if not dropout:
             torch.testing.assert_close(want[0].double(), reference(tensors), rtol=0.02, atol=0.2)
         for _ in range(4):
             streams.clear()
-            assert_same(run(tensors, dropout_p=dropout), want)
-    assert streams == ["forward"] * (dropout > 0) + ["backward_input"]
+            assert_same(run(tensors, dropout_p=dropout, backend="auto"), want)
+    assert streams == ["backward_input"]
 
 
 @emulates
@@ -109,12 +122,12 @@ def test_other_layouts_in_cpp(streams: list[str]) -> None:
     tensors["weight"] = nf4(tensors["weight"])
     wide = torch.randn(7, 256, generator=torch.Generator().manual_seed(1)).half()
     tensors |= {"x": wide[:, 64:], "lora_A": tensors["lora_A"].T.contiguous().T, "bias": tensors["bias"].float()}
-    want = in_python(tensors)
+    want = in_python(tensors, backend="auto")
     torch.testing.assert_close(want[0].double(), reference(tensors), rtol=0.02, atol=0.2)
     for _ in range(3):
-        run(tensors)
+        run(tensors, backend="auto")
     streams.clear()
-    assert_same(run(tensors), want)
+    assert_same(run(tensors, backend="auto"), want)
     assert not streams
 
 
@@ -123,25 +136,51 @@ def test_other_layouts_in_cpp(streams: list[str]) -> None:
 def test_groups(kind: str, streams: list[str]) -> None:
     hidden = {"hidden": 128} if kind in ("silu", "gelu_tanh") else {}
     layers = KINDS[kind]((2, 3), columns=128, **hidden).adapters(nf4, "weight")
-    want = step_in_python(layers)
-    assert streams.count("forward") == len(layers.members)
-    for _ in range(4):
+    for dropout in (0.0, 0.3):
         streams.clear()
-        assert_same(step(layers), want)
-    # Of three layers, two have sizes that the backward's kernel does not take.
-    assert streams == ["backward_input"] * (0 if kind == "three" else len(layers.members))
-    with_masks = step_in_python(layers, dropout_p=0.3)
+        want = step_in_python(layers, dropout_p=dropout, backend="auto")
+        assert streams.count("forward") == len(layers.members)
+        for _ in range(4):
+            streams.clear()
+            assert_same(step(layers, dropout_p=dropout, backend="auto"), want)
+        # Of three layers, two have sizes that the backward's kernel does not take: Triton's compute those.
+        assert streams == ["backward_input"] * (1 if kind == "three" else len(layers.members))
+
+
+@emulates
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_group_with_a_dense_layer(index: int, streams: list[str]) -> None:
+    layers = KINDS["two"]((2, 3), columns=128)
+    layers = layers.member(index, weight=nf4(layers.members[index].weight))
+    want = step_in_python(layers, backend="auto")
+    assert streams == ["forward", "backward_input"]
     for _ in range(4):
-        assert_same(step(layers, dropout_p=0.3), with_masks)
+        assert_same(step(layers, backend="auto"), want)
+    text = str(explain_group(layers.x, layers.members, backend="auto"))
+    assert text.count("up to 16 tokens by the CUDA backend's kernels") == 2
+
+
+@emulates
+def test_a_backward_is_learned_for_its_backend(streams: list[str], path: LaunchPath) -> None:
+    """Triton decodes a weight of such a K before the product, and all of that is C++."""
+    tensors: dict[str, Any] = make("x", "lora_A", "lora_B", sizes=(5, 96, 40, 3))
+    tensors["weight"] = nf4(tensors["weight"])
+    for backend in ("triton", "auto", "triton", "auto"):
+        for _ in range(4):
+            streams.clear()
+            path.who()
+            run(tensors, backend=backend)
+        assert streams == ["backward_input"] * (backend == "auto")
+        assert NATIVE in path.who()
 
 
 @emulates
 def test_many_tokens_are_tritons(streams: list[str], path: LaunchPath) -> None:
     tensors: dict[str, Any] = make("x", "lora_A", "lora_B", sizes=(17, 128, 40, 3))
     tensors["weight"] = nf4(tensors["weight"])
-    want = in_python(tensors)
+    want = in_python(tensors, backend="auto")
     for _ in range(3):
-        assert_same(run(tensors), want)
+        assert_same(run(tensors, backend="auto"), want)
     assert not streams
     assert path.launched()
 
@@ -150,32 +189,42 @@ def test_the_automatic_choice(built: Problem) -> None:
     choice = dispatch.choose(built, "auto")
     assert choice.backend is few_tokens.BACKEND
     assert choice.backend.name == "triton"
-    assert choice.refusals["cuda"] == "triton is preferred, but for what few tokens are multiplied with"
+    assert choice.refusals["cuda"] == "triton is preferred, but for up to 16 tokens"
     assert dispatch.choose(built, "triton").backend is PLAIN
     assert dispatch.choose(replace(built, nf4=False), "auto").backend is PLAIN
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "reason"),
+    ("place", "name", "value"),
     [
-        ("refuses", lambda p: "no CUDA", "no CUDA"),
-        ("declines", lambda p: "not compiled", "not compiled"),
-        ("why_not_loaded", lambda device: "it cannot be loaded: X", "it cannot be loaded: X"),
-        ("capability", lambda device: (8, 0), "triton is preferred"),
+        (torch.cuda, "get_device_capability", (8, 0)),
+        (cuda_build, "is_built", False),
+        (cuda_build, "why_stale", "other sources"),
     ],
 )
-def test_is_not_chosen(
-    name: str, value: Any, reason: str, built: Problem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if name == "capability":
-        monkeypatch.setattr(torch.cuda, "get_device_capability", value)
-    elif name == "why_not_loaded":
-        monkeypatch.setattr(cuda, name, value)
-    else:
-        monkeypatch.setattr(cuda, "BACKEND", replace(cuda.BACKEND, **{name: value}))
+def test_is_not_chosen(place: Any, name: str, value: Any, built: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, name, lambda *_: value)
+    assert dispatch.choose(built, "auto").backend is PLAIN
+
+
+def test_is_not_chosen_where_it_cannot_be_loaded(built: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "why_not_loaded", lambda device: "it cannot be loaded: X")
     choice = dispatch.choose(built, "auto")
     assert choice.backend is PLAIN
-    assert choice.refusals["cuda"] == reason
+    assert choice.refusals["cuda"] == "triton is preferred, and it cannot be loaded: X"
+
+
+def test_is_chosen_for_what_its_kernels_take(built: Problem) -> None:
+    assert dispatch.choose(replace(built, in_features=40), "auto").backend is PLAIN
+    assert dispatch.choose(replace(built, dtype=torch.float32), "auto").backend is PLAIN
+
+
+def test_what_is_compiled_later_is_for_later_processes(built: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or layers of a model would differ, by when their shapes were first seen."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_build, "is_built", lambda capability: False)
+        assert dispatch.choose(built, "auto").backend is PLAIN
+    assert dispatch.choose(replace(built, rank=9), "auto").backend is PLAIN
 
 
 @pytest.mark.parametrize(
@@ -198,9 +247,9 @@ def test_what_streams(rows: int, block_size: int, columns: int, reason: str | No
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[None]:
     cuda_build.load((9, 0))
-    dispatch.choose.cache_clear()
+    _forget_choices()
     yield
-    dispatch.choose.cache_clear()
+    _forget_choices()
 
 
 @on_hopper
@@ -245,6 +294,8 @@ def test_on_a_gpu(rows: int, adapters: torch.dtype, calls: list[str], monkeypatc
                 assert not calls
             elif turn == 0:
                 assert calls == ["forward"] * count + ["backward_input"] * count
+            elif turn == 3 and native.why_not() is None:
+                assert calls == ["backward_input"] * count
     with torch.no_grad():
         want_y = lora_linear(t.x, *member[:3], scaling=2.0)
         graph = torch.cuda.CUDAGraph()
@@ -253,3 +304,35 @@ def test_on_a_gpu(rows: int, adapters: torch.dtype, calls: list[str], monkeypatc
         y.zero_()
         graph.replay()
         assert torch.equal(y, want_y)
+
+
+@on_hopper
+@pytest.mark.usefixtures("compiled")
+def test_threads_of_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that ask for different shared memory and cut K into different parts, all counting in the same zeros."""
+    monkeypatch.setattr("lora_kernels.functional._choices", {})
+    sizes = [(8, 14336, 512), (1, 4096, 1024), (16, 4096, 4096)]
+    tensors = [Case(M, K, N, 16, torch.bfloat16).tensors(torch.device("cuda", 0)) for M, K, N in sizes]
+    weights = [NF4Weight.quantize(t.weight) for t in tensors]
+
+    def compute(index: int) -> Tensor:
+        t = tensors[index]
+        with torch.no_grad():
+            return lora_linear(t.x, weights[index], t.lora_A, t.lora_B, scaling=2.0)
+
+    wants = [compute(index) for index in range(len(sizes))]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for turn in range(300):
+            other = (index + turn) % len(sizes)
+            if not torch.equal(compute(other), wants[other]):
+                wrong.append(other)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(torch.equal(compute(index), want) for index, want in enumerate(wants))

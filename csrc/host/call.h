@@ -33,7 +33,7 @@ struct Call {
   int64_t M = 0, K = 0;
   at::ScalarType dtype = at::kBFloat16, adapters = at::kBFloat16;
   Precision precision = Precision::kNative;
-  bool autocast = false, cast_x = false;
+  bool automatic = false, autocast = false, cast_x = false;
   Key key;
 
   bool is_gated() const { return kind == Kind::kGatedSilu || kind == Kind::kGatedGeluTanh; }
@@ -67,8 +67,8 @@ inline bool is_half(at::ScalarType type) { return type == at::kBFloat16 || type 
 // x, dropout_p, training, the backend's name: what the layers of a call have in common.
 inline bool read_input(PyObject* x_, PyObject* dropout_p, PyObject* training, PyObject* name, Call& call) {
   if (!PyUnicode_Check(name)) return false;
-  const bool automatic = PyUnicode_CompareWithASCIIString(name, "auto") == 0;
-  if (!automatic && PyUnicode_CompareWithASCIIString(name, "triton") != 0) return false;
+  call.automatic = PyUnicode_CompareWithASCIIString(name, "auto") == 0;
+  if (!call.automatic && PyUnicode_CompareWithASCIIString(name, "triton") != 0) return false;
   if ((call.x = as_tensor(x_)) == nullptr) return false;
   const Tensor& x = *call.x;
   const c10::Device device = x.device();
@@ -92,7 +92,7 @@ inline bool read_input(PyObject* x_, PyObject* dropout_p, PyObject* training, Py
   if (!is_half(call.dtype)) return false;
   if (call.cast_x && (!x.is_contiguous() || !(is_half(given) || given == at::kFloat))) return false;
   call.key.add(static_cast<uint8_t>(device.index()) | static_cast<int64_t>(call.dtype) << 8 |
-               (call.cast_x ? 0 : misaligned(x)) << 16 | static_cast<int64_t>(automatic) << 17 |
+               (call.cast_x ? 0 : misaligned(x)) << 16 | static_cast<int64_t>(call.automatic) << 17 |
                static_cast<int64_t>(call.autocast) << 18 | static_cast<int64_t>(call.cast_x) << 19 |
                static_cast<int64_t>(call.kind) << 24);
   for (const int64_t word : {call.M, call.K, *stride}) call.key.add(word);

@@ -84,6 +84,7 @@ class Launch {
 
   // `tensors` are the addresses that the leading arguments of the kernel have, `numbers` its floats in their order.
   void operator()(const void* const* tensors, const float* numbers, void* stream) {
+    TORCH_CHECK(threads_ != 0, "a launch of another extension was taken for one of Triton's");
     std::array<Map, kMostMaps> maps;
     auto parameters = fixed_;
     for (const auto& [position, argument] : tensors_) parameters[position] = const_cast<const void**>(&tensors[argument]);

@@ -43,7 +43,7 @@ inline void launch_one_pass(Launching& launching, const Tensor& left, const Tens
 
 // y = x W^T + S B^T + b and S = scale * mask(x) A^T of a layer, with W decoded before it or inside of it, or dense.
 inline void launch_layer(Launching& launching, const Tensor& x, const Layer& layer, const Tensor& y, const Tensor& s,
-                         const Tensor& seed, double scale) {
+                         const Tensor& seed, double p, double scale) {
   const Tensor bias = bias_of(layer);
   if (!launching.decodes()) {
     const Tensor weight = dense_of(layer.weight, launching, x, x.scalar_type());
@@ -52,7 +52,7 @@ inline void launch_layer(Launching& launching, const Tensor& x, const Layer& lay
     return;
   }
   if (launching.streams()) {
-    launch_stream(launching, x, layer, y, s, scale);
+    launch_stream(launching, x, layer, y, s, seed, p, scale);
     return;
   }
   const Tensor mask = drawn(launching, seed, s.size(0), layer.lora_A->size(1));
@@ -174,7 +174,8 @@ class LoRALinearBackward : public LoRANode {
     if (needs.lora_B && (!is_matrix(saved.s, M, R, narrow_type()) || !saved.s.is_contiguous())) return false;
     const int64_t alignment = misaligned(dy.tensor) | misaligned(saved.x) << 1 | misaligned(saved.lora_A) << 2 |
                               misaligned(saved.lora_B) << 3 | misaligned(saved.s) << 4;
-    key.add(static_cast<uint8_t>(device.index()) | needs.bits() << 8 | static_cast<int64_t>(dtype) << 16 |
+    key.add(static_cast<uint8_t>(device.index()) | needs.bits() << 8 | static_cast<int64_t>(automatic) << 12 |
+            static_cast<int64_t>(dtype) << 16 |
             static_cast<int64_t>(adapter_dtype) << 24 | static_cast<int64_t>(precision) << 32 | alignment << 40 |
             static_cast<int64_t>(Kind::kLinear) << 56);
     for (const int64_t word : {M, K, N, R, dy.stride, x_stride}) key.add(word);

@@ -56,7 +56,7 @@ Inputs prepare(const Call& call) {
 template <typename Node>
 auto node_of(const Call& call, const Plan& plan, const Tensor& x) {
   const auto node = make_node<Node>();
-  node->plan = plan, node->precision = call.precision, node->p = call.p;
+  node->plan = plan, node->precision = call.precision, node->p = call.p, node->automatic = call.automatic;
   node->dtype = call.dtype, node->adapter_dtype = call.adapters, node->device = x.device();
   return node;
 }
@@ -112,7 +112,7 @@ PyObject* linear(const Call& call, const Plan& plan, const Scales& scales) {
     const Outside outside(in.x.device());
     y = fresh_y(in.x, layer.N, call.dtype), s = fresh_s(call, layer, in.x);
     Launching launching(plan->launches, outside.stream);
-    launch_layer(launching, in.x, layer, y, s, in.seeds[0], scales[0]);
+    launch_layer(launching, in.x, layer, y, s, in.seeds[0], call.p, scales[0]);
   }
   if (node != nullptr) {
     if (needs.lora_B) node->keep(std::move(s));
@@ -137,7 +137,7 @@ Shared run_group(const Call& call, Launching& launching, const Scales& scales, c
   }
   if (launching.decodes()) {
     for (size_t i = 0; i < members.count; ++i) {
-      launch_layer(launching, in.x, call.layers[i], out.ys[i], out.ss[i], in.seeds[i], scales[i]);
+      launch_layer(launching, in.x, call.layers[i], out.ys[i], out.ss[i], in.seeds[i], call.p, scales[i]);
     }
     return out;
   }
@@ -210,7 +210,7 @@ PyObject* gated(const Call& call, const Plan& plan, const Scales& scales) {
     // The decoded weight lies where g and u lay, if nobody keeps those.
     shared = Shared();
     y = fresh_y(in.x, down.N, call.dtype), s = fresh_s(call, down, in.x);
-    launch_layer(launching, h, down, y, s, in.seeds[2], scales[2]);
+    launch_layer(launching, h, down, y, s, in.seeds[2], call.p, scales[2]);
   }
   if (node != nullptr) {
     node->keep(std::move(s));

@@ -91,6 +91,8 @@ class LoRANode : public Node {
   at::ScalarType dtype, adapter_dtype;
   c10::Device device{c10::kCPU};
   double p = 0.0;
+  // Whether the forward's backend was the automatic choice's: other kernels may compute the backward then.
+  bool automatic = false;
 
   // In an order that each node has for itself. Ends by what a hook throws.
   void save(const variable_list& tensors) {

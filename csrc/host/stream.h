@@ -3,13 +3,12 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "../problem.h"
 #include "call.h"
 
 namespace lora_kernels::host {
-
-// As csrc/bindings.cpp has it.
-using Nf4Forward = void (*)(const OnePass&, const Nf4&, float* workspace, int* counters, void* stream);
 
 inline DType number_of(at::ScalarType type) {
   return type == at::kFloat ? DType::kFloat32 : type == at::kHalf ? DType::kFloat16 : DType::kBFloat16;
@@ -32,9 +31,9 @@ inline Nf4 packed_of(const Weight& weight) {
           weight.block_size};
 }
 
-// y = x W^T + S B^T + b and S = scale * x A^T.
+// y = x W^T + S B^T + b and S = scale * mask(x) A^T. A mask is a function of its seed, as dropout.py has it.
 inline void launch_stream(Launching& launching, const Tensor& x, const Layer& layer, const Tensor& y, const Tensor& s,
-                          double scale) {
+                          const Tensor& seed, double p, double scale) {
   Launch& launch = launching.next();
   OnePass problem{};
   problem.M = s.size(0), problem.K = layer.weight.columns, problem.N = layer.N, problem.R = layer.R;
@@ -48,6 +47,7 @@ inline void launch_stream(Launching& launching, const Tensor& x, const Layer& la
     problem.bias = address(*layer.bias), problem.bias_dtype = number_of(layer.bias->scalar_type());
   }
   problem.scale = static_cast<float>(scale);
+  problem.dropout = {static_cast<const int64_t*>(address(seed)), static_cast<int32_t>(std::nearbyint(p * 65536))};
   problem.mask_x = true;
   problem.out = const_cast<void*>(address(y)), problem.s = const_cast<void*>(address(s));
   const Tensor workspace = fresh({launch.workspace_size}, x, at::kFloat);

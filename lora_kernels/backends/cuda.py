@@ -18,7 +18,7 @@ from lora_kernels.weights import Weight
 _PRECISIONS: dict[Precision, int] = {"native": 0, "rounded": 1, "split": 2}
 # Of a product that decodes an NF4 weight inside of it: the rows of x and of dy at most, and what divides in_features
 # and, backward, out_features.
-_MOST_TOKENS, _MOST_TOKENS_BACKWARD, _LANE_CODES, _GROUP = 48, 64, 32, 8
+_MOST_TOKENS, _MOST_TOKENS_BACKWARD, LANE_CODES, _GROUP = 48, 64, 32, 8
 # Of a forward product past which the weight streams: x's rows at most, and the codes that must have one scale.
 _MOST_STREAM_TOKENS, _RUN = 16, 64
 
@@ -224,7 +224,7 @@ def _describe(problem: Problem) -> str | None:
 def _describe_nf4(problem: Problem) -> str:
     """What every call has in common; _nf4_paths says the rest."""
     decoded = "the NF4 weight is decoded by a launch of its own"
-    if problem.dtype == torch.float32 or problem.in_features % _LANE_CODES != 0:
+    if problem.dtype == torch.float32 or problem.in_features % LANE_CODES != 0:
         return f"; {decoded}"
     forward = f"up to {_MOST_TOKENS} tokens forward"
     if problem.out_features % _GROUP != 0:
@@ -257,8 +257,8 @@ def cannot_decode_inside(left: Tensor, weight: NF4Weight, forward: bool) -> str 
         return "float32 products are not written for packed weights"
     if left.shape[0] > most:
         return f"{left.shape[0]} rows are more than {most}"
-    if columns % _LANE_CODES != 0:
-        return f"{columns} columns are no multiple of {_LANE_CODES}"
+    if columns % LANE_CODES != 0:
+        return f"{columns} columns are no multiple of {LANE_CODES}"
     if not forward and rows % _GROUP != 0:
         return f"{rows} columns of dy are no multiple of {_GROUP}"
     if weight.packed.data_ptr() % 16 != 0:

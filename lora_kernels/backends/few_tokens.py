@@ -7,33 +7,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import Backend, Member, NF4Path, Precision, Problem, Scale, cuda
+from lora_kernels.backends import Backend, Member, NF4Path, Precision, Problem, Scale, cuda, cuda_build
 from lora_kernels.backends.triton import BACKEND as TRITON
 from lora_kernels.backends.triton import backward_launch, group, launches, single
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import NF4Weight
 from lora_kernels.weights import Weight
 
-# Of dy, for dx. The forward's are those that a weight streams past.
-MOST_TOKENS_BACKWARD = 16
+# Of x forward, which is as many as a weight streams past, and of dy backward.
+MOST_TOKENS = 16
 # As csrc/host/ knows the launch.
 _LAUNCH = "nf4_stream"
 
 
 def beside(backend: Backend, problem: Problem, refusal: str) -> tuple[Backend, str]:
     """The backend for a problem that Triton's was chosen for, and why not the CUDA backend, at first `refusal`."""
-    if torch.cuda.get_device_capability(problem.device) != (9, 0):
+    if problem.dtype == torch.float32 or problem.in_features % cuda.LANE_CODES != 0:
         return backend, refusal
-    if (cuda.BACKEND.refuses(problem) or cuda.BACKEND.declines(problem)) is not None:
+    if not _is_measured_and_compiled(problem.device):
         return backend, refusal
     broken = cuda.why_not_loaded(problem.device)
     if broken is not None:
-        return backend, broken
-    return BACKEND, f"{refusal}, but for what few tokens are multiplied with"
+        return backend, f"{refusal}, and {broken}"
+    return BACKEND, f"{refusal}, but for up to {MOST_TOKENS} tokens"
+
+
+@cache
+def _is_measured_and_compiled(device: torch.device) -> bool:
+    """Settled by the first who asks: what is compiled later is for other processes, or layers would differ in one."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return cuda_build.why_stale() is None and cuda_build.is_built((9, 0))
 
 
 def forward(
@@ -94,7 +103,7 @@ def group_forward(
     x: Tensor, members: Sequence[Member], precision: Precision, want_s: bool
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Each member's y and S."""
-    if not all(isinstance(member.weight, NF4Weight) and _streams(x, member.weight) for member in members):
+    if not any(isinstance(member.weight, NF4Weight) and _streams(x, member.weight) for member in members):
         return group.forward(x, members, precision, want_s)
     results = [forward(x, *member, precision, want_s) for member in members]  # type: ignore[arg-type]
     return [y for y, _ in results], [s for _, s in results]
@@ -106,7 +115,7 @@ def group_backward_input(
     """dx = sum of dy_i W_i + mask_i(T_i A_i) and each T_i."""
     pairs = list(zip(dys, members, strict=True))
     takes = [isinstance(m.weight, NF4Weight) and _why_not_backward(dy, m.weight) is None for dy, m in pairs]
-    if not (want_dx and all(takes)):
+    if not (want_dx and any(takes)):
         return group.backward_input(dys, members, precision, want_dx)
     return group.one_by_one(backward_input, dys, members, precision)
 
@@ -116,25 +125,28 @@ def _streams(x: Tensor, weight: NF4Weight) -> bool:
 
 
 def _why_not_backward(dy: Tensor, weight: NF4Weight) -> str | None:
-    if dy.shape[0] > MOST_TOKENS_BACKWARD:
-        return f"{dy.shape[0]} rows are more than {MOST_TOKENS_BACKWARD}"
+    if dy.shape[0] > MOST_TOKENS:
+        return f"{dy.shape[0]} rows are more than {MOST_TOKENS}"
     return cuda.cannot_decode_inside(dy, weight, forward=False)
 
 
+_NOTE = f"up to {MOST_TOKENS} tokens by the CUDA backend's kernels"
+
+
 def _describe(problem: Problem) -> str | None:
-    return f"{TRITON.describe(problem)}, which is the CUDA backend's for a few tokens"
+    return f"{TRITON.describe(problem)}; {_NOTE}"
+
+
+def _describe_group(problems: Sequence[Problem]) -> str | None:
+    return f"{group.describe(problems)}; {_NOTE}"
 
 
 def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:
     assert TRITON.nf4_paths is not None
     forward, backward = TRITON.nf4_paths(x, weight)
     dy = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device="meta")
-    where = "inside of the CUDA backend's product"
-    if _streams(x, weight):
-        forward = NF4Path(where, f"{x.shape[0]} rows are few")
-    if _why_not_backward(dy, weight) is None:
-        backward = NF4Path(where, f"{x.shape[0]} rows are at most {MOST_TOKENS_BACKWARD}")
-    return forward, backward
+    path = NF4Path("inside of the CUDA backend's product", f"{x.shape[0]} rows are at most {MOST_TOKENS}")
+    return path if _streams(x, weight) else forward, path if _why_not_backward(dy, weight) is None else backward
 
 
 BACKEND = replace(
@@ -144,5 +156,7 @@ BACKEND = replace(
     backward=backward,
     describe=_describe,
     nf4_paths=_nf4_paths,
-    group=replace(group.GROUP, forward=group_forward, backward_input=group_backward_input),
+    group=replace(
+        group.GROUP, forward=group_forward, backward_input=group_backward_input, describe=_describe_group
+    ),
 )

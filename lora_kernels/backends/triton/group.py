@@ -64,14 +64,14 @@ def backward_input(
 
 
 def one_by_one(
-    backward_input: BackwardInput, dys: list[Tensor], members: Sequence[Member], precision: Precision
+    of_member: BackwardInput, dys: list[Tensor], members: Sequence[Member], precision: Precision
 ) -> tuple[Tensor, list[Tensor]]:
     """A group's dx and Ts by a function on one member."""
     dx: Tensor | None = None
     ts = []
     for dy, (weight, lora_A, lora_B, _, scale, dropout) in zip(dys, members, strict=True):
         assert lora_B is not None
-        part, t = backward_input(dy, weight, lora_A, lora_B, scale, dropout, precision, True)
+        part, t = of_member(dy, weight, lora_A, lora_B, scale, dropout, precision, True)
         assert part is not None
         ts.append(t)
         dx = part if dx is None else dx.add_(part)

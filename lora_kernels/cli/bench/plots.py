@@ -187,7 +187,7 @@ def _crossovers(measurements: Sequence[Measurement]) -> list[int]:
     """The M from which our NF4 layer is slower than the frozen 16-bit one."""
     floor, best = _floor(measurements), dict[int, float]()
     for m in measurements:
-        if m.times and m.case.nf4 and m.provider in ("triton", "cuda"):
+        if m.times and m.case.nf4 and m.provider in ("triton", "cuda", "auto"):
             best[m.case.M] = min(best.get(m.case.M, m.times.median), m.times.median)
     return [M for M in sorted(best) if M in floor and best[M] > floor[M]][:1]
 

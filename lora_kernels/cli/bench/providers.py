@@ -180,7 +180,7 @@ PROVIDERS: dict[str, Provider] = {
     **{name: Provider(_backend(name), own_masks=True) for name in (*reversed(PREFERENCE), "auto")},
 }
 # Who takes part only where it is named.
-NAMED_ONLY = {"auto": "left out, because it is one of the others: name it after --providers to have it"}
+NAMED_ONLY = {"auto": "left out, because it is made of the others: name it after --providers to have it"}
 
 
 def left_out_of_quick() -> dict[str, str]:
