@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels import nf4_codec as codec
 from lora_kernels.limits import BASE_DTYPES
-from lora_kernels.nf4 import NF4Weight
 from lora_kernels.nf4_codec import BLOCK_SIZES, NESTED_BLOCK_SIZE
 
 # FSDP shards parameters of one dtype together, so the codes may hide in a floating-point tensor.
@@ -20,7 +19,20 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in BASE_DTYPES}
 _DESCRIPTION = "quant_state.bitsandbytes__nf4"
 
 
-def dump(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
+class Fields(NamedTuple):
+    """What an NF4Weight is made of, in its order."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_map: Tensor | None
+    offset: Tensor | None
+    block_size: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def dump(weight: Fields, prefix: str) -> dict[str, Tensor]:
     """See NF4Weight.state_dict."""
     description: dict[str, Any] = {
         "quant_type": "nf4",
@@ -31,7 +43,7 @@ def dump(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
     state = {
         prefix: weight.packed.view(-1, 1),
         f"{prefix}.absmax": weight.absmax,
-        f"{prefix}.quant_map": codec.code_table(weight.device).clone(),
+        f"{prefix}.quant_map": codec.code_table(weight.packed.device).clone(),
     }
     if weight.nested_absmax is not None:
         assert weight.nested_map is not None and weight.offset is not None
@@ -47,7 +59,7 @@ def dump(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
     return state
 
 
-def load(state: Mapping[str, Tensor], prefix: str, device: torch.device | str | None) -> NF4Weight:
+def load(state: Mapping[str, Tensor], prefix: str, device: torch.device | str | None) -> Fields:
     """See NF4Weight.from_state_dict."""
     described = f"{prefix}.{_DESCRIPTION}"
     description = _parsed(described, _taken(state, described))
@@ -73,16 +85,16 @@ def load(state: Mapping[str, Tensor], prefix: str, device: torch.device | str | 
     if not torch.equal(quant_map, codec.code_table(device)):
         raise ValueError(f"state[{prefix + '.quant_map'!r}] had other values than NF4's, but must have its 16")
     if not nested:
-        return NF4Weight(packed.to(device), absmax, None, None, None, block_size, shape, dtype)
+        return Fields(packed.to(device), absmax, None, None, None, block_size, shape, dtype)
     nested_absmax = read("nested_absmax", torch.float32, -(-blocks // NESTED_BLOCK_SIZE))
     nested_map = read("nested_quant_map", torch.float32, 256)
     if not bool((nested_map.diff() > 0).all()) or float(nested_map.abs().amax()) > 1.0:
         raise ValueError(f"state[{prefix + '.nested_quant_map'!r}] must have ascending values from -1 to 1")
     offset = torch.tensor([description["nested_offset"]], dtype=torch.float32, device=device)
-    return NF4Weight(packed.to(device), absmax, nested_absmax, nested_map, offset, block_size, shape, dtype)
+    return Fields(packed.to(device), absmax, nested_absmax, nested_map, offset, block_size, shape, dtype)
 
 
-def from_bitsandbytes(params: Any, quant_state: Any = None) -> NF4Weight:
+def from_bitsandbytes(params: Any, quant_state: Any = None) -> Fields:
     """See NF4Weight.from_bitsandbytes. Reads no values, so it waits for no GPU."""
     state = getattr(params, "quant_state", None) if quant_state is None else quant_state
     if state is None:
@@ -118,14 +130,14 @@ def from_bitsandbytes(params: Any, quant_state: Any = None) -> NF4Weight:
 
     absmax = read("absmax", state.absmax, torch.uint8 if nested else torch.float32, blocks)
     if not nested:
-        return NF4Weight(packed, absmax, None, None, None, state.blocksize, shape, state.dtype)
+        return Fields(packed, absmax, None, None, None, state.blocksize, shape, state.dtype)
     if state.state2.blocksize != NESTED_BLOCK_SIZE:
         raise ValueError(f"{name}.state2.blocksize was {state.state2.blocksize}, but must be {NESTED_BLOCK_SIZE}")
     nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
     nested_absmax = read("state2.absmax", state.state2.absmax, torch.float32, nested_blocks)
     nested_map = read("state2.code", state.state2.code, torch.float32, 256)
     offset = read("offset", state.offset, torch.float32, 1)
-    return NF4Weight(packed, absmax, nested_absmax, nested_map, offset, state.blocksize, shape, state.dtype)
+    return Fields(packed, absmax, nested_absmax, nested_map, offset, state.blocksize, shape, state.dtype)
 
 
 def _taken(state: Mapping[str, Tensor], key: str) -> Tensor:

@@ -44,6 +44,8 @@ AUTOCAST_CASES = [
 NF4_CASES = [
     Case(5, 128, 72, 24, torch.bfloat16, bias=True),
     Case(40, 192, 128, 16, torch.bfloat16, dropout=0.3),
+    # Float32 adapters split into three numbers each.
+    Case(9, 320, 72, 40, torch.bfloat16, adapter_dtype=torch.float32, bias=True),
     # Runs of 32 codes, and other numbers of tokens.
     Case(12, 96, 136, 70, torch.bfloat16, adapter_dtype=torch.float32, dropout=0.3),
     Case(30, 160, 264, 3, torch.bfloat16, dropout=0.3),

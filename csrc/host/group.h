@@ -178,9 +178,9 @@ class LoRAGroupBackward : public LoRANode {
     const auto x_stride = row_stride(x, M, K);
     if (!x_stride) return false;
     key.add(static_cast<uint8_t>(device.index()) | static_cast<int64_t>(count) << 8 |
-            static_cast<int64_t>(automatic) << 12 |
-            static_cast<int64_t>(dtype) << 16 | static_cast<int64_t>(adapter_dtype) << 24 |
-            static_cast<int64_t>(precision) << 32 | misaligned(x) << 40 | static_cast<int64_t>(kind) << 56);
+            static_cast<int64_t>(automatic) << 12 | static_cast<int64_t>(dtype) << 16 |
+            static_cast<int64_t>(adapter_dtype) << 24 | static_cast<int64_t>(precision) << 32 | misaligned(x) << 40 |
+            static_cast<int64_t>(kind) << 56);
     for (const int64_t word : {M, K, *x_stride}) key.add(word);
     key.add(p);
     for (size_t i = 0; i < dys.size(); ++i) {

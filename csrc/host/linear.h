@@ -175,9 +175,8 @@ class LoRALinearBackward : public LoRANode {
     const int64_t alignment = misaligned(dy.tensor) | misaligned(saved.x) << 1 | misaligned(saved.lora_A) << 2 |
                               misaligned(saved.lora_B) << 3 | misaligned(saved.s) << 4;
     key.add(static_cast<uint8_t>(device.index()) | needs.bits() << 8 | static_cast<int64_t>(automatic) << 12 |
-            static_cast<int64_t>(dtype) << 16 |
-            static_cast<int64_t>(adapter_dtype) << 24 | static_cast<int64_t>(precision) << 32 | alignment << 40 |
-            static_cast<int64_t>(Kind::kLinear) << 56);
+            static_cast<int64_t>(dtype) << 16 | static_cast<int64_t>(adapter_dtype) << 24 |
+            static_cast<int64_t>(precision) << 32 | alignment << 40 | static_cast<int64_t>(Kind::kLinear) << 56);
     for (const int64_t word : {M, K, N, R, dy.stride, x_stride}) key.add(word);
     key.add(p);
     if (needs.x) {
