@@ -4,6 +4,7 @@
 #include <torch/extension.h>
 #include <torch/version.h>
 
+#include <array>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -92,9 +93,13 @@ void run_hopper(const OnePass& problem, const Tensor& like, const Tensor& zeros,
       "hopper_one_pass");
 }
 
-// The launches of a call with a packed weight, which overlap, count in the same zeros as those of the next call: no other
-// thread may come between them. csrc/host/ calls without Python's lock.
-std::mutex overlapping_launches;
+// The launches of a call with a packed weight, which overlap, count in the same zeros as those of the next call on a stream:
+// no other thread may come between them. csrc/host/ calls without Python's lock. Who counts elsewhere waits for nobody, but
+// for what has the same lock by chance.
+std::mutex& lock_of(const int* counters) {
+  static std::array<std::mutex, 64> locks;
+  return locks[reinterpret_cast<uintptr_t>(counters) / 512 % locks.size()];
+}
 
 // What is multiplied, but for the weight.
 OnePass problem_of(const Tensor& x, const Tensor& down, const Tensor& up, int64_t precision) {
@@ -108,7 +113,7 @@ OnePass problem_of(const Tensor& x, const Tensor& down, const Tensor& up, int64_
 }
 
 void nf4_forward_on(const OnePass& problem, const Nf4& weight, float* workspace, int* counters, void* stream) {
-  const std::lock_guard<std::mutex> alone(overlapping_launches);
+  const std::lock_guard<std::mutex> alone(lock_of(counters));
   lora_kernels::nf4_forward(problem, weight, workspace, counters, static_cast<cudaStream_t>(stream));
 }
 
@@ -150,9 +155,9 @@ std::tuple<Tensor, Tensor> one_pass(const Tensor& x, const MaybeTensor& weight, 
     if (!forward && lora_kernels::nf4_backward_fits(problem, packed)) {
       TORCH_CHECK(zeros.numel() >= lora_kernels::nf4_backward_counters(problem), "too few counters");
       const Tensor workspace = floats(x, lora_kernels::nf4_backward_workspace(problem, packed));
-      const std::lock_guard<std::mutex> alone(overlapping_launches);
-      lora_kernels::nf4_backward(problem, packed, workspace.mutable_data_ptr<float>(), zeros.mutable_data_ptr<int>(),
-                                 stream);
+      int* const counters = zeros.mutable_data_ptr<int>();
+      const std::lock_guard<std::mutex> alone(lock_of(counters));
+      lora_kernels::nf4_backward(problem, packed, workspace.mutable_data_ptr<float>(), counters, stream);
       return {out, s};
     }
     const Tensor stored = at::empty({packed.rows, packed.columns}, x.options());

@@ -18,9 +18,9 @@ from lora_kernels.weights import Weight
 _PRECISIONS: dict[Precision, int] = {"native": 0, "rounded": 1, "split": 2}
 # Of a product that decodes an NF4 weight inside of it: the rows of x and of dy at most, and what divides in_features
 # and, backward, out_features.
-_MOST_TOKENS, _MOST_TOKENS_BACKWARD, LANE_CODES, _GROUP = 48, 64, 32, 8
+_MOST_TOKENS, _MOST_TOKENS_BACKWARD, LANE_CODES, GROUP = 48, 64, 32, 8
 # Of a forward product past which the weight streams: x's rows at most, and the codes that must have one scale.
-_MOST_STREAM_TOKENS, _RUN = 16, 64
+_MOST_STREAM_TOKENS, RUN = 16, 64
 
 
 def forward(
@@ -134,10 +134,10 @@ def cannot_stream(x: Tensor, weight: NF4Weight) -> str | None:
     """Why a forward product cannot have the weight stream past few tokens; None if it can. nf4_stream_fits in words."""
     if x.shape[0] > _MOST_STREAM_TOKENS:
         return f"{x.shape[0]} rows are more than {_MOST_STREAM_TOKENS}"
-    if weight.block_size < _RUN:
-        return f"blocks of {weight.block_size} are less than {_RUN}"
-    if weight.shape[1] % _RUN != 0:
-        return f"{weight.shape[1]} columns are no multiple of {_RUN}"
+    if weight.block_size < RUN:
+        return f"blocks of {weight.block_size} are less than {RUN}"
+    if weight.shape[1] % RUN != 0:
+        return f"{weight.shape[1]} columns are no multiple of {RUN}"
     return cannot_decode_inside(x, weight, forward=True)
 
 
@@ -153,7 +153,7 @@ def why_not_loaded(device: torch.device) -> str | None:
     """Why what is compiled for a device cannot be loaded; None if it is loaded now."""
     try:
         _extension(device)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         return f"it cannot be loaded: {error}"
     return None
 
@@ -227,7 +227,7 @@ def _describe_nf4(problem: Problem) -> str:
     if problem.dtype == torch.float32 or problem.in_features % LANE_CODES != 0:
         return f"; {decoded}"
     forward = f"up to {_MOST_TOKENS} tokens forward"
-    if problem.out_features % _GROUP != 0:
+    if problem.out_features % GROUP != 0:
         return f"; {decoded}, {forward} inside of the product"
     return f"; {decoded}, {forward} and {_MOST_TOKENS_BACKWARD} backward inside of the product"
 
@@ -259,8 +259,8 @@ def cannot_decode_inside(left: Tensor, weight: NF4Weight, forward: bool) -> str 
         return f"{left.shape[0]} rows are more than {most}"
     if columns % LANE_CODES != 0:
         return f"{columns} columns are no multiple of {LANE_CODES}"
-    if not forward and rows % _GROUP != 0:
-        return f"{rows} columns of dy are no multiple of {_GROUP}"
+    if not forward and rows % GROUP != 0:
+        return f"{rows} columns of dy are no multiple of {GROUP}"
     if weight.packed.data_ptr() % 16 != 0:
         return "the packed codes do not start on 16 bytes"
     if (left.data_ptr() | left.stride(0) * left.element_size()) % 16 != 0:

@@ -27,22 +27,28 @@ _LAUNCH = "nf4_stream"
 
 def beside(backend: Backend, problem: Problem, refusal: str) -> tuple[Backend, str]:
     """The backend for a problem that Triton's was chosen for, and why not the CUDA backend, at first `refusal`."""
-    if problem.dtype == torch.float32 or problem.in_features % cuda.LANE_CODES != 0:
+    forward = problem.in_features % cuda.RUN == 0
+    backward = problem.in_features % cuda.LANE_CODES == 0 and problem.out_features % cuda.GROUP == 0
+    if problem.dtype == torch.float32 or not (forward or backward):
         return backend, refusal
-    if not _is_measured_and_compiled(problem.device):
-        return backend, refusal
-    broken = cuda.why_not_loaded(problem.device)
-    if broken is not None:
-        return backend, f"{refusal}, and {broken}"
-    return BACKEND, f"{refusal}, but for up to {MOST_TOKENS} tokens"
+    usable, broken = _is_usable(problem.device)
+    if not usable:
+        return backend, refusal if broken is None else f"{refusal}, and {broken}"
+    return BACKEND, f"{refusal}, but for up to {MOST_TOKENS} tokens where its kernels take them"
 
 
 @cache
-def _is_measured_and_compiled(device: torch.device) -> bool:
-    """Settled by the first who asks: what is compiled later is for other processes, or layers would differ in one."""
+def _is_usable(device: torch.device) -> tuple[bool, str | None]:
+    """Whether the CUDA backend is compiled for a chip on which it was measured, and what is wrong with it if it is.
+
+    Settled by the first who asks: what is compiled later is for other processes, or layers would differ in one.
+    """
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    return cuda_build.why_stale() is None and cuda_build.is_built((9, 0))
+        return False, None
+    if cuda_build.why_stale() is not None or not cuda_build.is_built((9, 0)):
+        return False, None
+    broken = cuda.why_not_loaded(device)
+    return broken is None, broken
 
 
 def forward(
@@ -130,7 +136,7 @@ def _why_not_backward(dy: Tensor, weight: NF4Weight) -> str | None:
     return cuda.cannot_decode_inside(dy, weight, forward=False)
 
 
-_NOTE = f"up to {MOST_TOKENS} tokens by the CUDA backend's kernels"
+_NOTE = f"up to {MOST_TOKENS} tokens by the CUDA backend's kernels where those take them"
 
 
 def _describe(problem: Problem) -> str | None:
