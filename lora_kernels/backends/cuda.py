@@ -20,7 +20,7 @@ _PRECISIONS: dict[Precision, int] = {"native": 0, "rounded": 1, "split": 2}
 # and, backward, out_features.
 _MOST_TOKENS, _MOST_TOKENS_BACKWARD, LANE_CODES, GROUP = 48, 64, 32, 8
 # Of a forward product past which the weight streams: x's rows at most, and the codes that must have one scale.
-_MOST_STREAM_TOKENS, RUN = 16, 64
+MOST_STREAM_TOKENS, RUN = 16, 64
 
 
 def forward(
@@ -132,8 +132,8 @@ def one_pass(
 
 def cannot_stream(x: Tensor, weight: NF4Weight) -> str | None:
     """Why a forward product cannot have the weight stream past few tokens; None if it can. nf4_stream_fits in words."""
-    if x.shape[0] > _MOST_STREAM_TOKENS:
-        return f"{x.shape[0]} rows are more than {_MOST_STREAM_TOKENS}"
+    if x.shape[0] > MOST_STREAM_TOKENS:
+        return f"{x.shape[0]} rows are more than {MOST_STREAM_TOKENS}"
     if weight.block_size < RUN:
         return f"blocks of {weight.block_size} are less than {RUN}"
     if weight.shape[1] % RUN != 0:

@@ -19,8 +19,8 @@ from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import NF4Weight
 from lora_kernels.weights import Weight
 
-# Of x forward, which is as many as a weight streams past, and of dy backward.
-MOST_TOKENS = 16
+# Of x forward, and by measurement of dy backward.
+MOST_TOKENS = cuda.MOST_STREAM_TOKENS
 # As csrc/host/ knows the launch.
 _LAUNCH = "nf4_stream"
 
@@ -63,8 +63,9 @@ def forward(
     want_s: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + S B^T + b and S = scale * mask(x) A^T."""
-    if not (isinstance(weight, NF4Weight) and _streams(x, weight)):
+    if not _streams(x, weight):
         return single.forward(x, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s)
+    assert isinstance(weight, NF4Weight)
     launches.note(lambda: launches.Foreign(_LAUNCH, *cuda.forward_launch(x, weight, lora_A, lora_B, precision)))
     return cuda.forward(x, weight, lora_A, lora_B, bias, scale, dropout, precision, want_s)
 
@@ -80,8 +81,7 @@ def backward_input(
     want_dx: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """T = scale * dy B and dx = dy W + mask(T A)."""
-    takes = want_dx and isinstance(weight, NF4Weight) and _why_not_backward(dy, weight) is None
-    of = cuda.backward_input if takes else single.backward_input
+    of = cuda.backward_input if want_dx and _decodes_inside(dy, weight) else single.backward_input
     return of(dy, weight, lora_A, lora_B, scale, dropout, precision, want_dx)
 
 
@@ -98,7 +98,7 @@ def backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx = dy W + mask(T A), and of dA = T^T mask(x) and dB = dy^T S what has an operand."""
-    if not (isinstance(weight, NF4Weight) and _why_not_backward(dy, weight) is None):
+    if not _decodes_inside(dy, weight):
         return single.backward(dy, weight, lora_A, lora_B, x, s, scale, dropout, precision, dtype)
     dx, t = cuda.backward_input(dy, weight, lora_A, lora_B, scale, dropout, precision, True)
     assert dx is not None
@@ -109,7 +109,7 @@ def group_forward(
     x: Tensor, members: Sequence[Member], precision: Precision, want_s: bool
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Each member's y and S."""
-    if not any(isinstance(member.weight, NF4Weight) and _streams(x, member.weight) for member in members):
+    if not any(_streams(x, member.weight) for member in members):
         return group.forward(x, members, precision, want_s)
     results = [forward(x, *member, precision, want_s) for member in members]  # type: ignore[arg-type]
     return [y for y, _ in results], [s for _, s in results]
@@ -119,21 +119,22 @@ def group_backward_input(
     dys: list[Tensor], members: Sequence[Member], precision: Precision, want_dx: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx = sum of dy_i W_i + mask_i(T_i A_i) and each T_i."""
-    pairs = list(zip(dys, members, strict=True))
-    takes = [isinstance(m.weight, NF4Weight) and _why_not_backward(dy, m.weight) is None for dy, m in pairs]
-    if not (want_dx and any(takes)):
+    takes = any(_decodes_inside(dy, member.weight) for dy, member in zip(dys, members, strict=True))
+    if not (want_dx and takes):
         return group.backward_input(dys, members, precision, want_dx)
     return group.one_by_one(backward_input, dys, members, precision)
 
 
-def _streams(x: Tensor, weight: NF4Weight) -> bool:
-    return cuda.cannot_stream(x, weight) is None
+def _streams(x: Tensor, weight: Weight | None) -> bool:
+    """Whether the CUDA backend has the forward."""
+    return isinstance(weight, NF4Weight) and cuda.cannot_stream(x, weight) is None
 
 
-def _why_not_backward(dy: Tensor, weight: NF4Weight) -> str | None:
-    if dy.shape[0] > MOST_TOKENS:
-        return f"{dy.shape[0]} rows are more than {MOST_TOKENS}"
-    return cuda.cannot_decode_inside(dy, weight, forward=False)
+def _decodes_inside(dy: Tensor, weight: Weight | None) -> bool:
+    """Whether the CUDA backend has dx."""
+    if not isinstance(weight, NF4Weight) or dy.shape[0] > MOST_TOKENS:
+        return False
+    return cuda.cannot_decode_inside(dy, weight, forward=False) is None
 
 
 _NOTE = f"up to {MOST_TOKENS} tokens by the CUDA backend's kernels where those take them"
@@ -152,7 +153,7 @@ def _nf4_paths(x: Tensor, weight: NF4Weight) -> tuple[NF4Path, NF4Path]:
     forward, backward = TRITON.nf4_paths(x, weight)
     dy = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device="meta")
     path = NF4Path("inside of the CUDA backend's product", f"{x.shape[0]} rows are at most {MOST_TOKENS}")
-    return path if _streams(x, weight) else forward, path if _why_not_backward(dy, weight) is None else backward
+    return path if _streams(x, weight) else forward, path if _decodes_inside(dy, weight) else backward
 
 
 BACKEND = replace(
