@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels import autograd_gated, autograd_group
 from lora_kernels.autograd import TWICE, Needs, Saved, backward_of, rebuilt
@@ -45,6 +45,8 @@ enabled = is_on(VARIABLE) and torch.version.cuda is not None
 linear: Callable[..., Tensor | bool | None] | None = None
 group: Callable[..., list[Tensor] | bool | None] | None = None
 gated: Callable[..., Tensor | bool | None] | None = None
+# What a layer of PEFT's works on, where it is as plain as most are; None for any other (integrations/peft_layer.py).
+operands: Callable[..., tuple[Any, ...] | None] | None = None
 _device_type = "cuda"
 # The launches of products that decode their weights themselves, and those of products whose rank is large.
 _DECODES, _STREAMS, _WIDE = "nf4_product", "nf4_stream", ["products", "products"]
@@ -269,7 +271,7 @@ def _extension() -> ModuleType | None:
 
 def start(extension: ModuleType, addresses: list[int | None], device_type: str) -> None:
     """Makes the extension ready, with the functions that it calls for tensors of a kind of device."""
-    global linear, group, gated, _device_type
+    global linear, group, gated, operands, _device_type
     import triton
 
     from lora_kernels.backends import sync
@@ -278,7 +280,9 @@ def start(extension: ModuleType, addresses: list[int | None], device_type: str) 
     knobs = getattr(triton, "knobs", None)
     hooked = None if knobs is None else knobs.runtime
     extension.use_python(_backward, _group_backward, sync.zeros_for, hooked, NF4Weight, TWICE)
-    linear, group, gated, _device_type = extension.linear, extension.group, extension.gated, device_type
+    extension.use_modules(nn.Linear, nn.ModuleDict, nn.Dropout, nn.Identity)
+    linear, group, gated, operands = extension.linear, extension.group, extension.gated, extension.operands
+    _device_type = device_type
 
 
 def _functions() -> list[Any]:

@@ -131,7 +131,7 @@ def path(extension: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchPath
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(sync, "zeros_for", zeros_for)
     monkeypatch.setattr(native, "enabled", True)
-    for name in ("linear", "group", "gated", "_device_type"):
+    for name in ("linear", "group", "gated", "operands", "_device_type"):
         monkeypatch.setattr(native, name, getattr(native, name))
     monkeypatch.setattr(native, "_extension", lambda: extension)
     # With the interpreter's name set, Triton takes CPU tensors: nobody else should find that choice.

@@ -12,6 +12,7 @@
 #include "call.h"
 #include "group.h"
 #include "linear.h"
+#include "peft.h"
 
 #define TEXT_OF(words) #words
 #define TEXT(words) TEXT_OF(words)
@@ -274,6 +275,7 @@ PyMethodDef functions[] = {method("linear", call_of<read_linear, linear, 9>),
                            method("learn_linear", learn<read_linear, 9>),
                            method("learn_group", learn<read_group, 5>),
                            method("learn_gated", learn<read_gated, 8>),
+                           method("operands", operands),
                            {nullptr, nullptr, 0, nullptr}};
 
 template <typename Pointer>
@@ -311,6 +313,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     callbacks.hooked = hooked.release().ptr(), callbacks.twice = twice;
     callbacks.hook_name = PyUnicode_InternFromString("launch_enter_hook");
     callbacks.calls_name = PyUnicode_InternFromString("calls");
+  });
+  module.def("use_modules", [](py::object linear, py::object dict, py::object dropout, py::object identity) {
+    modules.linear = linear.release().ptr(), modules.dict = dict.release().ptr();
+    modules.dropout = dropout.release().ptr(), modules.identity = identity.release().ptr();
   });
   module.def("clear", [] { forward_plans().clear(), backward_plans().clear(), zeros().clear(); });
   module.attr("torch_version") = TORCH_VERSION;

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from lora_kernels import native
 from lora_kernels.functional import lora_linear
 from lora_kernels.integrations.peft_scope import taken
 from lora_kernels.limits import MAX_RANK
@@ -95,6 +96,11 @@ class Operands(NamedTuple):
 
 def operands_of(layer: lora.LoraLayer, x: Tensor | None) -> Operands | str:
     """What the fused forward works on, or why it must not run. Every call passes here: it must stay cheap."""
+    plain = None if x is None else _read_in_cpp(layer, x)
+    return _read(layer, x) if plain is None else plain
+
+
+def _read(layer: lora.LoraLayer, x: Tensor | None) -> Operands | str:
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
@@ -121,6 +127,17 @@ def operands_of(layer: lora.LoraLayer, x: Tensor | None) -> Operands | str:
     if rank > MAX_RANK:
         return f"the ranks of its active adapters add up to {rank}, more than {MAX_RANK}"
     return Operands(weight, bias, adapters, product)
+
+
+def _read_in_cpp(layer: lora.LoraLayer, x: Tensor) -> Operands | None:
+    """What _read finds, of a layer as plain as most are; None of any other, or where the launch path is not in use."""
+    if torch.compiler.is_compiling() or native.operands is None or is_transformed():
+        return None
+    found = native.operands(layer, x, type(layer) is Linear, MAX_RANK)
+    if found is None:
+        return None
+    weight, bias, product, name, A, B, scaling, p = found
+    return Operands(weight, bias, [_Adapter(name, A, B, None, scaling, p)], product)
 
 
 # A graph that is being traced asks once, while tracing: PyTorch guards it against another state of these.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("peft", reason="the PEFT integration needs peft")
 
@@ -35,6 +36,46 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Any:
     from group_models import Calls
 
     return Calls(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def _extension() -> Any:
+    from launch_path import FOLDER, kept_in
+
+    from lora_kernels.backends import native_build
+
+    with kept_in(FOLDER):
+        extension = native_build.build()
+    extension.use_modules(nn.Linear, nn.ModuleDict, nn.Dropout, nn.Identity)
+    return extension
+
+
+@pytest.fixture(autouse=True)
+def read_in_cpp(_extension: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers that C++ read, as with the launch path: whatever a test does to a layer, Python must read the same."""
+    from lora_kernels import native
+    from lora_kernels.integrations import peft_layer
+
+    read, plain = peft_layer._read_in_cpp, []
+
+    def both(layer: Any, x: Tensor) -> peft_layer.Operands | None:
+        found = read(layer, x)
+        if found is not None:
+            expected = peft_layer._read(layer, x)
+            assert isinstance(expected, peft_layer.Operands), expected
+            for one, other in zip(_flat(found), _flat(expected), strict=True):
+                assert one is other or (type(one) is type(other) is not Tensor and one == other)
+            plain.append(layer)
+        return found
+
+    monkeypatch.setattr(native, "operands", _extension.operands)
+    monkeypatch.setattr(peft_layer, "_read_in_cpp", both)
+    return plain
+
+
+def _flat(operands: Any) -> list[Any]:
+    weight, bias, adapters, product = operands
+    return [weight, bias, product, *(part for adapter in adapters for part in adapter)]
 
 
 @pytest.fixture(autouse=True)
