@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.autograd import Needs, Saved, as_rows, backward, forward, rebuilt, split_scale
-from lora_kernels.backends import Backend, Precision, Problem, Scale
+from lora_kernels.backends import Backend, Precision, Problem, Scale, eager
 from lora_kernels.dispatch import BackendName, choose
 from lora_kernels.dropout import Dropout
 from lora_kernels.nf4 import NF4Weight
@@ -33,10 +33,16 @@ def apply(
     dropout: Dropout | None,
     precision: Precision,
     backend: BackendName,
+    keep_s: bool = True,
 ) -> Tensor:
     """What LoRALinearFunction.apply computes, as a traceable operator.
 
     The backend's name is part of the graph, and so the same in the backward, which may run on another thread.
+
+    Args:
+        keep_s: False, and the backward makes S again, unless there is dropout. It reads x once more for that. But where
+            activation checkpointing needs this product for nothing but its S, it does not compute the product again
+            (deferred.py does that for calls that are not compiled).
     """
     number, scale_tensor = split_scale(scale)
     p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
@@ -45,7 +51,9 @@ def apply(
         tensors, block_size = list(weight.tensors()), weight.block_size
     else:
         tensors, block_size = [weight], 0
-    y, _ = _forward(x, lora_A, lora_B, bias, scale_tensor, number, seed, p, precision, backend, block_size, tensors)
+    y, _ = _forward(
+        x, lora_A, lora_B, bias, scale_tensor, number, seed, p, precision, backend, block_size, keep_s, tensors
+    )
     return y
 
 
@@ -62,6 +70,7 @@ def _forward(
     precision: str,
     backend: str,
     block_size: int,
+    keep_s: bool,
     weight: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     out_features, in_features = lora_B.shape[0], x.shape[1]
@@ -94,6 +103,7 @@ def _(
     precision: str,
     backend: str,
     block_size: int,
+    keep_s: bool,
     weight: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     s_dtype = torch.float32 if precision == "split" else x.dtype
@@ -170,10 +180,15 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, lora_A, lora_B, bias, scale_tensor, scale, seed, dropout_p, precision, backend, block_size, weight = inputs
+    x, lora_A, lora_B, bias, scale_tensor, scale, seed, dropout_p, precision, backend, *layout = inputs
+    block_size, keep_s, weight = layout
     # The weight comes last because autograd sees each of its tensors as an argument.
     needs = Needs(*ctx.needs_input_grad[:4])
     saved = Saved.select(needs, x, None, lora_A, lora_B, output[1], seed, scale_tensor)
+    # A mask would have to be drawn for it as well.
+    ctx.s_again = not keep_s and seed is None and None not in (saved.x, saved.lora_A, saved.s)
+    if ctx.s_again:
+        saved = saved._replace(s=None)
     ctx.save_for_backward(*saved, *(weight if needs.x else ()))  # type: ignore[misc]
     ctx.base = (block_size, len(weight))
     ctx.constants = (scale, dropout_p, precision, backend, list(needs))
@@ -183,13 +198,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _compose(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | list[None] | None, ...]:
     count = len(Saved._fields)
-    x, _, *others = ctx.saved_tensors[:count]
-    weight = list(ctx.saved_tensors[count:])
-    block_size, parts = ctx.base
-    gradients = _backward(dy, x, *others, *ctx.constants, *ctx.shape, *ctx.dtypes, block_size, weight)
+    saved, weight = Saved(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
+    s, (block_size, parts) = saved.s, ctx.base
+    if ctx.s_again:
+        assert saved.x is not None
+        assert saved.lora_A is not None
+        number, _, precision, *_ = ctx.constants
+        s = eager.branch(saved.x, saved.lora_A, number if saved.scale is None else saved.scale, None, precision)
+    inputs = (dy, saved.x, saved.lora_A, saved.lora_B, s, saved.seed, saved.scale)
+    gradients = _backward(*inputs, *ctx.constants, *ctx.shape, *ctx.dtypes, block_size, weight)
     needs = ctx.constants[-1]
     dx, dA, dB, db = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return (dx, dA, dB, db, None, None, None, None, None, None, None, [None] * parts)
+    return (dx, dA, dB, db, *[None] * 8, [None] * parts)
 
 
 _forward.register_autograd(_compose, setup_context=_setup_context)

@@ -64,7 +64,9 @@ def apply_gated(x: Tensor, members: Sequence[Member], activation: Activation, ba
     """What GatedMLPFunction.apply computes, of traceable operators."""
     g, u = apply(x, members[:2], backend)
     h, down = gated_product(g, u, activation), members[2]
-    return compiled.apply(h, *down, _precision(x, down), backend)  # type: ignore[arg-type]
+    precision = _precision(x, down)
+    # Most blocks end here. In float32, S would cost more than a library's narrow product.
+    return compiled.apply(h, *down, precision, backend, keep_s=precision == "split")  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("lora_kernels::group_forward", mutates_args=())

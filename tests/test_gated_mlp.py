@@ -16,7 +16,10 @@ from test_autograd import saved_tensors
 from test_group import HALF, assert_close, drawn, no_group, strided
 from tolerance import assert_as_exact_as_peft, relative_error
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import GroupMember, explain_gated_mlp, lora_gated_mlp, lora_linear
 from lora_kernels.backends import GatedBackend
@@ -318,6 +321,36 @@ def test_compiled_into_one_graph(activation: str, p: float, nf4: bool, device: t
         y = call(x, *members, activation=activation, dropout_p=p, backend=backend)
         results.append(gradients(y, x, members))
     assert_close(*results)
+
+
+@pytest.mark.parametrize("tensor_scale", [False, True])
+def test_compiled_checkpointing_leaves_the_last_product_out(tensor_scale: bool, device: torch.device) -> None:
+    """Nobody reads the output of a block that is computed again, and its S is cheaper by itself."""
+    torch._dynamo.reset()
+    case = mlp(5, 24, 40, torch.float32)
+    x, members = case.x(device).requires_grad_(), members_of(case, device)
+    if tensor_scale:
+        members = [member._replace(scaling=torch.tensor(0.7, device=device)) for member in members]
+    computed: dict[str, list[str]] = {}
+
+    def compiler(name: str) -> Any:
+        def compile_(graph: torch.fx.GraphModule, _: Any) -> Any:
+            computed[name] = [str(node.target) for node in graph.graph.nodes if "lora_kernels" in str(node.target)]
+            return make_boxed_func(graph.forward)  # type: ignore[no-untyped-call]
+
+        return compile_
+
+    def block(x: Tensor) -> Tensor:
+        return checkpoint(lora_gated_mlp, x, *members, backend="eager", use_reentrant=False)  # type: ignore[no-any-return]
+
+    backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    results = [
+        gradients(call(x), x, members) for call in (torch.compile(block, backend=backend, fullgraph=True), block)
+    ]
+    assert_close(*results)
+    group, layer = "lora_kernels.group_forward.default", "lora_kernels.forward.default"
+    assert computed["forward"] == [group, layer]
+    assert computed["backward"] == [group, "lora_kernels.backward.default", "lora_kernels.group_backward.default"]
 
 
 # The elementwise part alone. The interpreter cuts bfloat16 off.

@@ -172,7 +172,7 @@ def test_operators_follow_the_rules_of_torch_library(device: torch.device) -> No
     tensors = make(device)
     call = (tensors["x"][0], *(tensors[k] for k in ("lora_A", "lora_B", "bias")))
     for scale in (None, torch.ones(1, device=device)):
-        arguments = (*call, scale, 2.0, None, 0.0, "native", "eager", 0, [tensors["weight"]])
+        arguments = (*call, scale, 2.0, None, 0.0, "native", "eager", 0, True, [tensors["weight"]])
         torch.library.opcheck(compiled._forward, arguments)
 
 

@@ -37,9 +37,14 @@ def forward(
     want_s: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + S B^T + b and S = scale * mask(x) A^T."""
-    s = _scaled(_masked(x, dropout).to(_branch_dtype(x, precision)) @ _branch(lora_A, x, precision).T, scale)
+    s = branch(x, lora_A, scale, dropout, precision)
     y = _linear(x, dense(weight, x.dtype), bias)
     return _accumulate(y, s, _branch(lora_B, x, precision).T), s if want_s else None
+
+
+def branch(x: Tensor, lora_A: Tensor, scale: Scale, dropout: Dropout | None, precision: Precision) -> Tensor:
+    """S = scale * mask(x) A^T."""
+    return _scaled(_masked(x, dropout).to(_branch_dtype(x, precision)) @ _branch(lora_A, x, precision).T, scale)
 
 
 def backward_input(

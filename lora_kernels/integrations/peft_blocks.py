@@ -124,10 +124,40 @@ def _forward_mlp(self: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 def _forward_attention(self: Any, *args: Any, **kwargs: Any) -> Any:
     layers = [self._modules[name] for name in _sharing_names(self)]
-    if len(layers) < 2 or (torch.compiler.is_compiling() and not self._calls_in_a_row):
+    compiling = torch.compiler.is_compiling()
+    if len(layers) < 2 or (compiling and not self._calls_in_a_row):
         return self._stock_class.forward(self, *args, **kwargs)
-    with scope(Scope(layers, _compute)):
+    opened = Scope(layers, _compute)
+    if compiling:
+        return self._stock_class.forward(_StandIn(self, opened), *args, **kwargs)
+    with scope(opened):
         return self._stock_class.forward(self, *args, **kwargs)
+
+
+class _StandIn:
+    """An attention as its stock forward gets it while it is traced: what it calls looks into the scope first.
+
+    A scope that is opened around the forward changes what lies outside of the graph, which is not traced inside of
+    activation checkpointing: whole layers would stay uncompiled, without a word.
+    """
+
+    def __init__(self, block: nn.Module, opened: Scope) -> None:
+        self._block, self._scope = block, opened
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._block, name)
+        return _Sharing(found, self._scope) if name in _SHARING else found
+
+
+class _Sharing:
+    """A projection that takes its output from the scope, where that has one for it."""
+
+    def __init__(self, layer: nn.Module, opened: Scope) -> None:
+        self._layer, self._scope = layer, opened
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._scope.take(self._layer, x)
+        return self._layer(x) if y is None else y  # type: ignore[no-any-return]
 
 
 def _compute(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:

@@ -17,6 +17,7 @@ from group_models import Calls, adapted, blocks, decoder, grouped
 from peft_models import assert_same, gradients, output, randomize_adapters, stock_and_fused
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import apply_lora_kernels
 from lora_kernels.integrations import peft_blocks
@@ -187,11 +188,13 @@ class InARow(nn.Module):
 
 
 def graphs_of(module: nn.Module, *arguments: Tensor) -> list[str]:
-    """The operators of the one graph of a module."""
+    """The operators of the one graph of a module, and of the graphs inside of it."""
     targets: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        targets.extend(str(node.target) for node in graph.graph.nodes)
+        for part in graph.modules():
+            if isinstance(part, torch.fx.GraphModule):
+                targets.extend(str(node.target) for node in part.graph.nodes)
         return graph.forward
 
     torch.compile(module, backend=backend, fullgraph=True)(*arguments)
@@ -213,6 +216,26 @@ def test_compiled_blocks_are_one_graph(device: str) -> None:
     torch._dynamo.reset()
     attention = graphs_of(InARow(fused), x)
     assert [target for target in attention if "lora_kernels" in target] == ["lora_kernels.group_forward.default"]
+
+
+class Checkpointed(InARow):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def test_compiled_blocks_with_checkpointing_are_one_graph(device: str) -> None:
+    """What is checkpointed may not change anything outside of it, or it is not compiled."""
+    model, x = adapted(device=device), torch.randn(2, 5, 32, device=device)
+    stock, fused = Checkpointed(model), Checkpointed(grouped(model))
+    targets = graphs_of(fused, x)
+    assert [target for target in targets if "lora_kernels" in target] == ["lora_kernels.group_forward.default"]
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    stock(x).square().sum().backward()
+    compiled(x).square().sum().backward()
+    wanted, got = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (stock, fused))
+    assert len(wanted) == 6
+    assert_same(wanted, got, 1e-5)
 
 
 def test_graph_breaks_between_the_calls(device: str) -> None:

@@ -47,10 +47,13 @@ MODEL_PROVIDERS: dict[str, ModelProvider] = {
     EXACT: ModelProvider(exact=True),
     **{name: ModelProvider(backend=name) for name in (*reversed(PREFERENCE), "auto")},
     "triton-float32": ModelProvider(backend="triton", float32=True),
+    "frozen-compile": ModelProvider(lora=False, compiled=True),
+    "triton-compile": ModelProvider(backend="triton", compiled=True),
 }
 # Who takes part only where it is named.
+_COMPILED = "left out, because a whole model takes minutes to compile: name it after --providers to have it"
 LEFT_OUT = NAMED_ONLY | {
-    "peft-compile": "left out, because a whole model takes minutes to compile: name it after --providers to have it",
+    **{name: _COMPILED for name, provider in MODEL_PROVIDERS.items() if provider.compiled},
     EXACT: "left out, because it is what rounding does to the others, not a way to train: name it after --providers",
 }
 
@@ -211,7 +214,7 @@ class Trained:
 
     def _checkpointing(self) -> dict[str, Any]:
         options: dict[str, Any] = {"use_reentrant": False}
-        if self.provider.backend:
+        if self.provider.backend and not self.provider.compiled:
             # The recomputation runs on a thread of autograd's, where no use_backend holds but its own.
             options["context_fn"] = lambda: (self._backend(), self._backend())
         return options
