@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.autograd import Needs, Saved, as_rows, backward, forward, rebuilt, split_scale
+from lora_kernels.autograd import Needs, Saved, as_rows, backward, forward, outside_autocast, rebuilt, split_scale
 from lora_kernels.backends import Backend, Precision, Problem, Scale, eager
 from lora_kernels.dispatch import BackendName, choose
 from lora_kernels.dropout import Dropout
@@ -131,11 +131,16 @@ def _backward(
     block_size: int,
     weight: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out_features = dy.shape[1]
+    out_features, wanted = dy.shape[1], Needs(*needs)
+    if wanted.lora_B and s is None:
+        assert x is not None
+        assert lora_A is not None
+        with outside_autocast(dy.device.type):
+            s = eager.branch(as_rows(x), lora_A, scale if scale_tensor is None else scale_tensor, None, precision)  # type: ignore[arg-type]
     base = _weight(weight, block_size, out_features, in_features, dy.dtype) if weight else None
     gradients = backward(
         _backend(dy.device, dy.dtype, precision, in_features, out_features, rank, block_size, backend),
-        Needs(*needs),
+        wanted,
         Saved(x, base, lora_A, lora_B, s, seed, scale_tensor),
         dy,
         scale,
@@ -186,8 +191,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     needs = Needs(*ctx.needs_input_grad[:4])
     saved = Saved.select(needs, x, None, lora_A, lora_B, output[1], seed, scale_tensor)
     # A mask would have to be drawn for it as well.
-    ctx.s_again = not keep_s and seed is None and None not in (saved.x, saved.lora_A, saved.s)
-    if ctx.s_again:
+    if not keep_s and seed is None and None not in (saved.x, saved.lora_A):
         saved = saved._replace(s=None)
     ctx.save_for_backward(*saved, *(weight if needs.x else ()))  # type: ignore[misc]
     ctx.base = (block_size, len(weight))
@@ -198,15 +202,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _compose(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | list[None] | None, ...]:
     count = len(Saved._fields)
-    saved, weight = Saved(*ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
-    s, (block_size, parts) = saved.s, ctx.base
-    if ctx.s_again:
-        assert saved.x is not None
-        assert saved.lora_A is not None
-        number, _, precision, *_ = ctx.constants
-        s = eager.branch(saved.x, saved.lora_A, number if saved.scale is None else saved.scale, None, precision)
-    inputs = (dy, saved.x, saved.lora_A, saved.lora_B, s, saved.seed, saved.scale)
-    gradients = _backward(*inputs, *ctx.constants, *ctx.shape, *ctx.dtypes, block_size, weight)
+    # Once: activation checkpointing forgets what it handed out.
+    tensors = ctx.saved_tensors
+    x, _, *others = tensors[:count]
+    block_size, parts = ctx.base
+    gradients = _backward(
+        dy, x, *others, *ctx.constants, *ctx.shape, *ctx.dtypes, block_size, list(tensors[count:])
+    )
     needs = ctx.constants[-1]
     dx, dA, dB, db = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
     return (dx, dA, dB, db, *[None] * 8, [None] * parts)

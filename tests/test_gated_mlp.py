@@ -353,6 +353,29 @@ def test_compiled_checkpointing_leaves_the_last_product_out(tensor_scale: bool, 
     assert computed["backward"] == [group, "lora_kernels.backward.default", "lora_kernels.group_backward.default"]
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "eager"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_compiled_backward_knows_no_autocast(
+    inside: bool, compiler: str, device: torch.device, backend: str
+) -> None:
+    """A backward may be in a region of autocast that its forward was not in."""
+    torch._dynamo.reset()
+    case = mlp(5, 24, 40, torch.float32)
+    x, members = case.x(device).requires_grad_(), members_of(case, device)
+
+    def block(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, enabled=False):
+            return lora_gated_mlp(x, *members, backend=backend)
+
+    results = []
+    for call in (torch.compile(block, backend=compiler, fullgraph=True), block):
+        with torch.autocast(device.type, HALF):
+            y = call(x)
+            result = gradients(y, x, members) if inside else None
+        results.append(gradients(y, x, members) if result is None else result)
+    assert_close(*results)
+
+
 # The elementwise part alone. The interpreter cuts bfloat16 off.
 ELEMENTWISE = [(eager, *rest) for eager in (True, False) for rest in itertools.product(
     [(1, 1), (3, 17), (63, 500), (65, 2000)], [torch.float16, torch.float32, torch.bfloat16]

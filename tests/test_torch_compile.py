@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
@@ -171,8 +172,8 @@ def test_bad_input_is_named(device: torch.device) -> None:
 def test_operators_follow_the_rules_of_torch_library(device: torch.device) -> None:
     tensors = make(device)
     call = (tensors["x"][0], *(tensors[k] for k in ("lora_A", "lora_B", "bias")))
-    for scale in (None, torch.ones(1, device=device)):
-        arguments = (*call, scale, 2.0, None, 0.0, "native", "eager", 0, True, [tensors["weight"]])
+    for scale, keep_s in itertools.product((None, torch.ones(1, device=device)), (True, False)):
+        arguments = (*call, scale, 2.0, None, 0.0, "native", "eager", 0, keep_s, [tensors["weight"]])
         torch.library.opcheck(compiled._forward, arguments)
 
 

@@ -52,8 +52,9 @@ class Attributes {
   }
 
  private:
+  // Other kinds of dictionaries may say something else than they hold.
   static PyObject* item(PyObject* dictionary, PyObject* key) {
-    if (dictionary == nullptr || !PyDict_Check(dictionary)) return nullptr;
+    if (dictionary == nullptr || !(PyDict_CheckExact(dictionary) || PyODict_CheckExact(dictionary))) return nullptr;
     PyObject* const found = PyDict_GetItemWithError(dictionary, key);
     if (found == nullptr) PyErr_Clear();
     return found;
@@ -135,19 +136,19 @@ inline bool read_dropout(PyObject* module, double& p) {
 struct Adapter {
   pybind11::object name, A, B, scaling;
   double p = 0.0;
+  at::ScalarType dtype = at::kFloat;
 };
 
-inline bool read_adapter(PyObject* layer, const Attributes& own, const Tensor& x, const Base& base, int64_t most,
-                         Adapter& adapter) {
+inline bool read_adapter(PyObject* layer, const Attributes& own, const Tensor& x, int64_t most, Adapter& adapter) {
   static PyObject *const kActive = interned("active_adapters"), *const kVariant = interned("lora_variant"),
                   *const kScaling = interned("scaling"), *const kWeight = interned("weight"),
-                  *const kBias = interned("bias"), *const kCast = interned("cast_input_dtype_enabled");
+                  *const kBias = interned("bias");
   static const std::array<PyObject*, 3> kParts{interned("lora_A"), interned("lora_B"), interned("lora_dropout")};
   const auto active = checked(PyObject_GetAttr(layer, kActive));
   if (!PyList_CheckExact(active.ptr()) || PyList_GET_SIZE(active.ptr()) != 1) return false;
   adapter.name = pybind11::reinterpret_borrow<pybind11::object>(PyList_GET_ITEM(active.ptr(), 0));
   PyObject *const name = adapter.name.ptr(), *const variants = own[kVariant];
-  if (!PyUnicode_CheckExact(name) || variants == nullptr || !PyDict_Check(variants)) return false;
+  if (!PyUnicode_CheckExact(name) || variants == nullptr || !PyDict_CheckExact(variants)) return false;
   if (own.entry(kVariant, name) != nullptr) return false;
 
   std::array<PyObject*, 3> parts{};
@@ -165,17 +166,20 @@ inline bool read_adapter(PyObject* layer, const Attributes& own, const Tensor& x
   if (A == nullptr || B == nullptr || lora_B.parameter(kBias) != Py_None) return false;
   if (scaling == nullptr || !PyFloat_CheckExact(scaling)) return false;
   if (A->device() != x.device() || B->device() != x.device() || A->size(0) > most) return false;
-
-  const at::ScalarType dtype = A->scalar_type();
-  if (B->scalar_type() != dtype || (dtype != base.product && dtype != at::kFloat)) return false;
-  if (dtype != base.product && !base.autocast) {
-    const auto casts = checked(PyObject_GetAttr(layer, kCast));
-    if (casts.ptr() != Py_True) return false;
-  }
+  if (A->scalar_type() != B->scalar_type()) return false;
   adapter.A = pybind11::reinterpret_borrow<pybind11::object>(A_);
   adapter.B = pybind11::reinterpret_borrow<pybind11::object>(B_);
   adapter.scaling = pybind11::reinterpret_borrow<pybind11::object>(scaling);
+  adapter.dtype = A->scalar_type();
   return true;
+}
+
+// Whether an adapter's dtype meets that of the product.
+inline bool fits(const Adapter& adapter, const Base& base, PyObject* layer) {
+  static PyObject* const kCast = interned("cast_input_dtype_enabled");
+  if (adapter.dtype == base.product) return true;
+  if (adapter.dtype != at::kFloat) return false;
+  return base.autocast || checked(PyObject_GetAttr(layer, kCast)).ptr() == Py_True;
 }
 
 // operands(layer, x, dense, most): weight, bias, the dtype of x W^T, the adapter's name, A, B, scaling and probability
@@ -194,11 +198,13 @@ inline PyObject* operands(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   const Attributes own(layer);
   PyObject* const object = own.module(kBase);
   if (object == nullptr) Py_RETURN_NONE;
+  // First: any other base is read by Python, once more if this is no answer.
+  Adapter adapter;
+  if (!read_adapter(layer, own, *x, PyLong_AsLongLong(arguments[3]), adapter)) Py_RETURN_NONE;
   Base base;
   const bool dense = arguments[2] == Py_True;
   if (!(dense ? read_dense(object, *x, base) : read_other(layer, object, arguments[1], base))) Py_RETURN_NONE;
-  Adapter adapter;
-  if (!read_adapter(layer, own, *x, base, PyLong_AsLongLong(arguments[3]), adapter)) Py_RETURN_NONE;
+  if (!fits(adapter, base, layer)) Py_RETURN_NONE;
   const auto product = pybind11::handle(reinterpret_cast<PyObject*>(torch::getTHPDtype(base.product)));
   return pybind11::make_tuple(base.weight, base.bias, product, adapter.name, adapter.A, adapter.B, adapter.scaling,
                               adapter.p)

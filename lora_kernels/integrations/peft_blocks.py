@@ -29,8 +29,9 @@ from lora_kernels.integrations.peft_layer import (
     with_adapter_biases,
 )
 from lora_kernels.integrations.peft_scope import Scope, scope
+from lora_kernels.integrations.peft_traced import StandIn, Traits, takes_a_stand_in
 
-_SHARING = ("q_proj", "k_proj", "v_proj")
+SHARING = ("q_proj", "k_proj", "v_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 # By name: which of them there are depends on the release of transformers.
 _ACTIVATIONS: dict[tuple[str, str], Activation] = {
@@ -53,7 +54,7 @@ def why_never(block: nn.Module) -> str | None:
     if _is_mlp(stock_class(block)):
         return _why_no_mlp(block)
     few = len(_sharing_names(block)) < 2
-    return f"fewer than two of {', '.join(_SHARING)} are fused LoRA layers" if few else None
+    return f"fewer than two of {', '.join(SHARING)} are fused LoRA layers" if few else None
 
 
 def _why_no_mlp(block: nn.Module) -> str | None:
@@ -84,7 +85,7 @@ def is_block(block: nn.Module) -> bool:
     adapted = {name for name, module in block._modules.items() if isinstance(module, lora.LoraLayer)}
     kind = stock_class(block)
     # Only then by its class, whose code is read once.
-    return bool((adapted & {*_GATED} and _is_mlp(kind)) or (adapted & {*_SHARING} and _is_attention(kind)))
+    return bool((adapted & {*_GATED} and _is_mlp(kind)) or (adapted & {*SHARING} and _is_attention(kind)))
 
 
 def is_grouped(block: nn.Module) -> bool:
@@ -105,7 +106,7 @@ def grouped_class(kind: type) -> type:
     if _is_mlp(kind):
         own |= {"forward": _forward_mlp, "_input_name": kind.forward.__code__.co_varnames[1]}  # type: ignore[attr-defined]
     else:
-        own |= {"forward": _forward_attention, "_calls_in_a_row": _calls_in_a_row(kind)}
+        own |= {"forward": _forward_attention, "_traits": Traits.of(kind)}
     # Whoever goes by the class's name, or prints it, finds the stock one.
     return type(kind.__name__, (kind,), own | {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
 
@@ -125,39 +126,13 @@ def _forward_mlp(self: Any, *args: Any, **kwargs: Any) -> Tensor:
 def _forward_attention(self: Any, *args: Any, **kwargs: Any) -> Any:
     layers = [self._modules[name] for name in _sharing_names(self)]
     compiling = torch.compiler.is_compiling()
-    if len(layers) < 2 or (compiling and not self._calls_in_a_row):
+    if len(layers) < 2 or (compiling and not takes_a_stand_in(self, self._stock_class, self._traits)):
         return self._stock_class.forward(self, *args, **kwargs)
     opened = Scope(layers, _compute)
     if compiling:
-        return self._stock_class.forward(_StandIn(self, opened), *args, **kwargs)
+        return self._stock_class.forward(StandIn(self, SHARING, opened), *args, **kwargs)
     with scope(opened):
         return self._stock_class.forward(self, *args, **kwargs)
-
-
-class _StandIn:
-    """An attention as its stock forward gets it while it is traced: what it calls looks into the scope first.
-
-    A scope that is opened around the forward changes what lies outside of the graph, which is not traced inside of
-    activation checkpointing: whole layers would stay uncompiled, without a word.
-    """
-
-    def __init__(self, block: nn.Module, opened: Scope) -> None:
-        self._block, self._scope = block, opened
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._block, name)
-        return _Sharing(found, self._scope) if name in _SHARING else found
-
-
-class _Sharing:
-    """A projection that takes its output from the scope, where that has one for it."""
-
-    def __init__(self, layer: nn.Module, opened: Scope) -> None:
-        self._layer, self._scope = layer, opened
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self._scope.take(self._layer, x)
-        return self._layer(x) if y is None else y  # type: ignore[no-any-return]
 
 
 def _compute(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
@@ -175,7 +150,7 @@ def _as_layer(layer: Any, y: Tensor, x: Tensor) -> Tensor:
 
 def _sharing_names(block: nn.Module) -> list[str]:
     modules = block._modules
-    return [name for name in _SHARING if is_fused(modules.get(name))]
+    return [name for name in SHARING if is_fused(modules.get(name))]
 
 
 def _gated_operands(block: nn.Module, x: Tensor | None) -> tuple[_Together, Activation] | str:
@@ -256,15 +231,7 @@ def _is_attention(kind: type) -> bool:
         return False
     mentioned = re.findall(r"\b([qkv]_proj)\b", source)
     called = re.findall(r"\bself\.([qkv]_proj)\((\w+)\)", source)
-    return tuple(mentioned) == _SHARING == tuple(name for name, _ in called) and len({x for _, x in called}) == 1
-
-
-def _calls_in_a_row(kind: type) -> bool:
-    """Whether the forward of an attention does nothing else with its input between the calls."""
-    source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
-    calls = list(re.finditer(r"\bself\.[qkv]_proj\((\w+)\)", source))
-    between = source[calls[0].start() : calls[-1].end()]
-    return len(re.findall(rf"\b{calls[0][1]}\b", between)) == len(calls)
+    return tuple(mentioned) == SHARING == tuple(name for name, _ in called) and len({x for _, x in called}) == 1
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:

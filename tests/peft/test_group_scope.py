@@ -7,7 +7,7 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
@@ -18,9 +18,12 @@ from peft_models import assert_same, gradients, output, randomize_adapters, stoc
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
 
 from lora_kernels import apply_lora_kernels
 from lora_kernels.integrations import peft_blocks
+from lora_kernels.integrations.peft_scope import Scope
+from lora_kernels.integrations.peft_traced import StandIn
 
 
 class Attention(nn.Module):
@@ -229,13 +232,52 @@ def test_compiled_blocks_with_checkpointing_are_one_graph(device: str) -> None:
     stock, fused = Checkpointed(model), Checkpointed(grouped(model))
     targets = graphs_of(fused, x)
     assert [target for target in targets if "lora_kernels" in target] == ["lora_kernels.group_forward.default"]
-    torch._dynamo.reset()
-    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     stock(x).square().sum().backward()
-    compiled(x).square().sum().backward()
-    wanted, got = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (stock, fused))
+    wanted = {n: p.grad for n, p in stock.named_parameters() if p.grad is not None}
     assert len(wanted) == 6
-    assert_same(wanted, got, 1e-5)
+    for backend in ("aot_eager", "eager"):
+        torch._dynamo.reset()
+        fused.zero_grad()
+        torch.compile(fused, backend=backend, fullgraph=True)(x).square().sum().backward()
+        assert_same(wanted, {n: p.grad for n, p in fused.named_parameters() if p.grad is not None}, 1e-5)
+
+
+@pytest.fixture
+def attended(device: str) -> Iterator[InARow]:
+    """A fused block whose attention function is not of transformers."""
+
+    def function(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        assert isinstance(module, nn.Module)
+        module.seen = module.q_proj.weight.shape
+        return query.transpose(1, 2) + value.mean() * key.mean(), None
+
+    model = grouped(adapted(device=device))
+    AttentionInterface.register("of_a_test", function)
+    model.config._attn_implementation = "of_a_test"
+    yield InARow(model)
+    del AttentionInterface._global_mapping["of_a_test"]
+
+
+def test_an_attention_function_of_somebody_else_gets_the_module(attended: InARow, device: str) -> None:
+    """Compiled, its layers go one by one: what stands in for the module while it is traced is none."""
+    x = torch.randn(2, 5, 32, device=device)
+    want = attended(x)
+    targets = graphs_of(attended, x)
+    assert sum("lora_kernels.forward" in target for target in targets) == 3
+    torch._dynamo.reset()
+    assert_same(want, torch.compile(attended, backend="aot_eager", fullgraph=True)(x), 1e-5)
+    assert attended.attention.seen == (32, 32)
+
+
+def test_what_stands_in_for_a_block_is_like_it(device: str) -> None:
+    block = decoder(grouped(adapted(device=device))).self_attn
+    stand_in = StandIn(block, peft_blocks.SHARING, Scope([], lambda *_: None))
+    stand_in.seen = 3
+    assert block.seen == stand_in.seen == 3
+    assert stand_in.q_proj.weight is block.q_proj.weight
+    assert stand_in.o_proj is block.o_proj
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        stand_in.nothing_like_it  # noqa: B018
 
 
 def test_graph_breaks_between_the_calls(device: str) -> None:

@@ -36,7 +36,7 @@ class Generation(Turns):
 
     def _build(self, name: str) -> Trained:
         if MODEL_PROVIDERS[name].compiled:
-            raise Missing("generate calls the model inside of PEFT's, which is not the compiled one")
+            raise Missing("generation is measured of models that are not compiled")
         trained = Trained(MODEL_PROVIDERS[name], self.base, self.setting.rank, checkpointing=False)
         trained.model.eval()
         return trained
