@@ -24,6 +24,7 @@ from lora_kernels.backends.triton.tiles import (
     MAX_PARTS,
     Chip,
     candidates,
+    group_input_tiles,
     group_share_out,
     group_tiles,
 )
@@ -284,5 +285,12 @@ def test_parts_of_the_members_steps_follow_their_lengths() -> None:
 def test_tiles_are_chosen_for_the_waves_of_all_members() -> None:
     # 384 tiles of 128 x 256: three waves of 132, where q alone fills two, and k and v half a wave each.
     assert group_tiles(HOPPER, 2, True, 2048, [4096, 1024, 1024]).block_n == 256
+    # dx of 512 rows would be a wave of 64 x 256; of 1536 it is three, and a layer's has them anyhow.
+    dx = {M: group_input_tiles(HOPPER, 2, True, M, 4096) for M in (256, 384, 512, 1024, 1536)}
+    assert {M: (tiles.block_m, tiles.block_n) for M, tiles in dx.items()} == {
+        256: (64, 128), 384: (128, 128), 512: (128, 128), 1024: (128, 256), 1536: (64, 256)
+    }  # fmt: skip
+    assert group_tiles(HOPPER, 2, True, 512, [4096]).block_m == 64
+    assert group_input_tiles(INTERPRETER, 2, False, 64, 64) in candidates(INTERPRETER, 2, False)
     for Ns in ([64], [64, 64]):
         assert group_tiles(INTERPRETER, 2, False, 64, Ns) in candidates(INTERPRETER, 2, False)

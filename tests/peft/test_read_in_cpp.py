@@ -64,7 +64,7 @@ class _Variant:
 def _replaced(linear: nn.Linear) -> nn.Linear:
     made = _Linear(linear.in_features, linear.out_features)
     made.load_state_dict(linear.state_dict())
-    return made.requires_grad_(False)
+    return made.to(linear.weight).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", PLAIN)

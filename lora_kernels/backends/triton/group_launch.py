@@ -44,6 +44,7 @@ from lora_kernels.backends.triton.tiles import (
     OnePassTiles,
     chip_of,
     group_grad_tiles,
+    group_input_tiles,
     group_tiles,
     own_columns,
     rank_block,
@@ -174,7 +175,7 @@ def backward_input(
         Ns, ranks, itemsize = [dy.shape[1] for dy in dys], [t.shape[1] for t in ts], first.dtype.itemsize
         use_tma = all(map(fits_tma, (*dys, *weights.stored))) and K * itemsize % 16 == 0
         chip = chip_of(first.device)
-        chosen = tiles or group_tiles(chip, itemsize, use_tma, M, [K])
+        chosen = tiles or group_input_tiles(chip, itemsize, use_tma, M, K)
         plan = plan_input(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors)
         numbers = (
             looks(spin_limit, sum(triton.cdiv(N, chosen.block_k) for N in Ns)) if plan.shares else 0, M, K, *filled(Ns, 0),
