@@ -196,15 +196,15 @@ inline PyObject* operands(PyObject*, PyObject* const* arguments, Py_ssize_t coun
     if (checked(PyObject_GetAttr(layer, name)).ptr() != Py_False) Py_RETURN_NONE;
   }
   const Attributes own(layer);
-  PyObject* const object = own.module(kBase);
-  if (object == nullptr) Py_RETURN_NONE;
+  const auto object = pybind11::reinterpret_borrow<pybind11::object>(own.module(kBase));
+  if (!object) Py_RETURN_NONE;
   // First: any other base is read by Python, once more if this is no answer.
   Adapter adapter;
   if (!read_adapter(layer, own, *x, PyLong_AsLongLong(arguments[3]), adapter)) Py_RETURN_NONE;
   Base base;
   const bool dense = arguments[2] == Py_True;
-  if (!(dense ? read_dense(object, *x, base) : read_other(layer, object, arguments[1], base))) Py_RETURN_NONE;
-  if (!fits(adapter, base, layer)) Py_RETURN_NONE;
+  const bool read = dense ? read_dense(object.ptr(), *x, base) : read_other(layer, object.ptr(), arguments[1], base);
+  if (!read || !fits(adapter, base, layer)) Py_RETURN_NONE;
   const auto product = pybind11::handle(reinterpret_cast<PyObject*>(torch::getTHPDtype(base.product)));
   return pybind11::make_tuple(base.weight, base.bias, product, adapter.name, adapter.A, adapter.B, adapter.scaling,
                               adapter.p)

@@ -73,8 +73,10 @@ def takes_a_stand_in(block: nn.Module, kind: type, traits: Traits) -> bool:
     if not traits.calls_in_a_row or not traits.hands_itself_on:
         return traits.calls_in_a_row
     # An attention function of anybody else may want a real module.
-    config: Any = block.config
-    return kind.__module__.startswith("transformers.") and _is_of_transformers(config._attn_implementation)
+    config: Any = getattr(block, "config", None)
+    if config is None or not kind.__module__.startswith("transformers."):
+        return False
+    return _is_of_transformers(config._attn_implementation)
 
 
 # A graph that is being traced takes the answer for a constant.
