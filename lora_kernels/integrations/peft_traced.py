@@ -76,7 +76,7 @@ def takes_a_stand_in(block: nn.Module, kind: type, traits: Traits) -> bool:
     config: Any = getattr(block, "config", None)
     if config is None or not kind.__module__.startswith("transformers."):
         return False
-    return _is_of_transformers(config._attn_implementation)
+    return bool(_is_of_transformers(config._attn_implementation))
 
 
 # A graph that is being traced takes the answer for a constant.
