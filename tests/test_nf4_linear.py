@@ -387,5 +387,6 @@ def test_a_compiled_module(device: torch.device) -> None:
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_operators_follow_the_rules_of_torch_library(double_quant: bool, device: torch.device) -> None:
     tensors, weight = make(device, double_quant)
-    arguments = (*(tensors[k] for k in LEAVES), None, 2.0, None, 0.0, "native", "eager", 64, list(weight.tensors()))
+    leaves = (tensors[k] for k in LEAVES)
+    arguments = (*leaves, None, 2.0, None, 0.0, "native", "eager", 64, True, list(weight.tensors()))
     torch.library.opcheck(compiled._forward, arguments)
