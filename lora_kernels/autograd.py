@@ -22,7 +22,8 @@ from torch import Tensor
 from lora_kernels.backends import Backend, Precision, Scale
 from lora_kernels.deferred import Deferred
 from lora_kernels.dropout import Dropout
-from lora_kernels.nf4 import Form, NF4Weight
+from lora_kernels.nf4 import NF4Weight
+from lora_kernels.nf4_codec import Form
 from lora_kernels.weights import Weight
 
 

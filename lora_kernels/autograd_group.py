@@ -15,7 +15,7 @@ from lora_kernels import autograd
 from lora_kernels.autograd import Needs, Saved, as_matrix, as_rows, once, outside_autocast, split_scale, with_leading
 from lora_kernels.backends import Backend, GroupBackend, Member, Precision
 from lora_kernels.dropout import Dropout
-from lora_kernels.nf4 import Form
+from lora_kernels.nf4_codec import Form
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Layout = tuple[tuple[int, Form | None], ...]

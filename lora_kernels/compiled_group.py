@@ -23,7 +23,8 @@ from lora_kernels.backends.eager import gated_product
 from lora_kernels.dispatch import BackendName, choose
 from lora_kernels.dispatch_group import group_choice
 from lora_kernels.dropout import Dropout
-from lora_kernels.nf4 import Form, NF4Weight
+from lora_kernels.nf4 import NF4Weight
+from lora_kernels.nf4_codec import Form
 
 # Of each member: the block size of its NF4 weight (0 for a dense one), how many tensors its weight is, whether it has
 # a bias (_BASE or _FLOAT32, by its dtype) and whether its scale is a tensor.

@@ -27,7 +27,8 @@ from lora_kernels.autograd_gated import GatedPlan
 from lora_kernels.autograd_group import Constants, GroupSaved, Plan
 from lora_kernels.backends import Backend, Member, Precision
 from lora_kernels.dropout import Dropout, inverse_keep
-from lora_kernels.nf4 import Form, NF4Weight
+from lora_kernels.nf4 import NF4Weight
+from lora_kernels.nf4_codec import Form
 from lora_kernels.switches import is_on
 from lora_kernels.weights import Weight
 

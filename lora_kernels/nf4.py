@@ -12,10 +12,7 @@ from torch import Tensor
 from lora_kernels import nf4_codec as codec
 from lora_kernels import nf4_state
 from lora_kernels.limits import BASE_DTYPES
-from lora_kernels.nf4_codec import BLOCK_SIZES
-
-# Block size, shape and original dtype.
-Form = tuple[int, torch.Size, torch.dtype]
+from lora_kernels.nf4_codec import BLOCK_SIZES, Form
 
 
 @dataclass(eq=False)
@@ -144,8 +141,7 @@ class NF4Weight:
 
         Tensors are shared, not copied.
         """
-        nested = (self.nested_absmax, self.nested_map, self.offset)
-        return nf4_state.dump(nf4_state.Fields(self.packed, self.absmax, *nested, *self.form), prefix)
+        return nf4_state.dump(self.tensors(), self.form, prefix)
 
     @classmethod
     def from_state_dict(
@@ -158,7 +154,7 @@ class NF4Weight:
         Raises:
             ValueError: a key is missing, unknown, or does not hold what the others say; it is named.
         """
-        return cls(*nf4_state.load(state, prefix, device))
+        return cls.of(*nf4_state.load(state, prefix, device))
 
     @classmethod
     def from_bitsandbytes(cls, params: Any, quant_state: Any = None) -> NF4Weight:
@@ -170,7 +166,7 @@ class NF4Weight:
         Raises:
             ValueError: it is not quantized (or lost its quant_state), not NF4, or not in the layout of a checkpoint.
         """
-        return cls(*nf4_state.from_bitsandbytes(params, quant_state))
+        return cls.of(*nf4_state.from_bitsandbytes(params, quant_state))
 
     def __repr__(self) -> str:
         return (

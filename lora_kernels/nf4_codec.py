@@ -11,6 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+# What a weight is beside its tensors: block size, shape and original dtype.
+Form = tuple[int, torch.Size, torch.dtype]
+
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # How many scales share one scale of their own.
 NESTED_BLOCK_SIZE = 256

@@ -3,63 +3,54 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels import nf4_codec as codec
 from lora_kernels.limits import BASE_DTYPES
-from lora_kernels.nf4_codec import BLOCK_SIZES, NESTED_BLOCK_SIZE
+from lora_kernels.nf4_codec import BLOCK_SIZES, NESTED_BLOCK_SIZE, Form
 
 # FSDP shards parameters of one dtype together, so the codes may hide in a floating-point tensor.
 _STORAGE_DTYPES = (torch.uint8, *BASE_DTYPES)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in BASE_DTYPES}
 _DESCRIPTION = "quant_state.bitsandbytes__nf4"
 
-
-class Fields(NamedTuple):
-    """What an NF4Weight is made of, in its order."""
-
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_map: Tensor | None
-    offset: Tensor | None
-    block_size: int
-    shape: torch.Size
-    dtype: torch.dtype
+# What NF4Weight.of makes a weight of.
+Parts = tuple[tuple[Tensor, ...], Form]
 
 
-def dump(weight: Fields, prefix: str) -> dict[str, Tensor]:
+def dump(tensors: Sequence[Tensor], form: Form, prefix: str) -> dict[str, Tensor]:
     """See NF4Weight.state_dict."""
+    (packed, absmax, *nested), (block_size, shape, dtype) = tensors, form
     description: dict[str, Any] = {
         "quant_type": "nf4",
-        "blocksize": weight.block_size,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "shape": list(weight.shape),
+        "blocksize": block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
     }
     state = {
-        prefix: weight.packed.view(-1, 1),
-        f"{prefix}.absmax": weight.absmax,
-        f"{prefix}.quant_map": codec.code_table(weight.packed.device).clone(),
+        prefix: packed.view(-1, 1),
+        f"{prefix}.absmax": absmax,
+        f"{prefix}.quant_map": codec.code_table(packed.device).clone(),
     }
-    if weight.nested_absmax is not None:
-        assert weight.nested_map is not None and weight.offset is not None
-        state[f"{prefix}.nested_absmax"] = weight.nested_absmax
+    if nested:
+        nested_absmax, nested_map, offset = nested
+        state[f"{prefix}.nested_absmax"] = nested_absmax
         # Layers share one map, and safetensors refuses to save tensors that share memory.
-        state[f"{prefix}.nested_quant_map"] = weight.nested_map.clone()
+        state[f"{prefix}.nested_quant_map"] = nested_map.clone()
         description["nested_blocksize"] = NESTED_BLOCK_SIZE
         description["nested_dtype"] = "float32"
         # On the meta device there is none yet; `load` refuses a NaN.
-        description["nested_offset"] = float("nan") if weight.offset.is_meta else weight.offset.item()
+        description["nested_offset"] = float("nan") if offset.is_meta else offset.item()
     encoded = list(json.dumps(description).encode())
     state[f"{prefix}.{_DESCRIPTION}"] = torch.tensor(encoded, dtype=torch.uint8, device="cpu")
     return state
 
 
-def load(state: Mapping[str, Tensor], prefix: str, device: torch.device | str | None) -> Fields:
+def load(state: Mapping[str, Tensor], prefix: str, device: torch.device | str | None) -> Parts:
     """See NF4Weight.from_state_dict."""
     described = f"{prefix}.{_DESCRIPTION}"
     description = _parsed(described, _taken(state, described))
@@ -85,16 +76,16 @@ def load(state: Mapping[str, Tensor], prefix: str, device: torch.device | str | 
     if not torch.equal(quant_map, codec.code_table(device)):
         raise ValueError(f"state[{prefix + '.quant_map'!r}] had other values than NF4's, but must have its 16")
     if not nested:
-        return Fields(packed.to(device), absmax, None, None, None, block_size, shape, dtype)
+        return (packed.to(device), absmax), (block_size, shape, dtype)
     nested_absmax = read("nested_absmax", torch.float32, -(-blocks // NESTED_BLOCK_SIZE))
     nested_map = read("nested_quant_map", torch.float32, 256)
     if not bool((nested_map.diff() > 0).all()) or float(nested_map.abs().amax()) > 1.0:
         raise ValueError(f"state[{prefix + '.nested_quant_map'!r}] must have ascending values from -1 to 1")
     offset = torch.tensor([description["nested_offset"]], dtype=torch.float32, device=device)
-    return Fields(packed.to(device), absmax, nested_absmax, nested_map, offset, block_size, shape, dtype)
+    return (packed.to(device), absmax, nested_absmax, nested_map, offset), (block_size, shape, dtype)
 
 
-def from_bitsandbytes(params: Any, quant_state: Any = None) -> Fields:
+def from_bitsandbytes(params: Any, quant_state: Any = None) -> Parts:
     """See NF4Weight.from_bitsandbytes. Reads no values, so it waits for no GPU."""
     state = getattr(params, "quant_state", None) if quant_state is None else quant_state
     if state is None:
@@ -130,14 +121,14 @@ def from_bitsandbytes(params: Any, quant_state: Any = None) -> Fields:
 
     absmax = read("absmax", state.absmax, torch.uint8 if nested else torch.float32, blocks)
     if not nested:
-        return Fields(packed, absmax, None, None, None, state.blocksize, shape, state.dtype)
+        return (packed, absmax), (state.blocksize, shape, state.dtype)
     if state.state2.blocksize != NESTED_BLOCK_SIZE:
         raise ValueError(f"{name}.state2.blocksize was {state.state2.blocksize}, but must be {NESTED_BLOCK_SIZE}")
     nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
     nested_absmax = read("state2.absmax", state.state2.absmax, torch.float32, nested_blocks)
     nested_map = read("state2.code", state.state2.code, torch.float32, 256)
     offset = read("offset", state.offset, torch.float32, 1)
-    return Fields(packed, absmax, nested_absmax, nested_map, offset, state.blocksize, shape, state.dtype)
+    return (packed, absmax, nested_absmax, nested_map, offset), (state.blocksize, shape, state.dtype)
 
 
 def _taken(state: Mapping[str, Tensor], key: str) -> Tensor:

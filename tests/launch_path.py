@@ -31,7 +31,11 @@ FOLDER = Path(tempfile.gettempdir(), f"lora_kernels_native_{os.getuid()}")
 
 @pytest.fixture(scope="session")
 def extension() -> Any:
-    """Compiled once; it takes a C++ compiler and half a minute."""
+    return built()
+
+
+def built() -> Any:
+    """The extension, compiled once; it takes a C++ compiler and half a minute."""
     with kept_in(FOLDER):
         return native_build.build()
 

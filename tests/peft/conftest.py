@@ -40,12 +40,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="session")
 def _extension() -> Any:
-    from launch_path import FOLDER, kept_in
+    from launch_path import built
 
-    from lora_kernels.backends import native_build
-
-    with kept_in(FOLDER):
-        extension = native_build.build()
+    extension = built()
     extension.use_modules(nn.Linear, nn.ModuleDict, nn.Dropout, nn.Identity)
     return extension
 

@@ -22,7 +22,7 @@ PLAIN: dict[str, Change] = {
     "in evaluation": lambda layer: layer.eval(),
     "without a bias": lambda layer: setattr(layer.base_layer, "bias", None),
     "another scaling": lambda layer: layer.set_scale("default", 2.5),
-    "a float64 that is set": lambda layer: layer.scaling.update(default=0.3),
+    "a scaling that is set": lambda layer: layer.scaling.update(default=0.3),
     "dropout of no probability": lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.0)}),
     "enabled again": lambda layer: (layer.enable_adapters(False), layer.enable_adapters(True)),
 }
