@@ -141,10 +141,10 @@ def _backward(dtypes: Dtypes, options: Options, a: Arguments) -> None:
 def _group_forward(dtypes: Dtypes, options: Options, a: Arguments) -> None:
     M, K, matrix = a[31], a[32], _Matrices(dtypes, a)
     assert int(matrix(26, 1, 1)) == 0
-    x = matrix(0, M, K, a[42])
+    x = matrix(0, M, K, a[43])
     for i in range(options["MEMBERS"]):
         N, R = a[33 + i], a[36 + i]
-        stored = matrix(1 + 2 * i, *((N, K) if options["W_IS_NK"] else (K, N)), a[43 + i])
+        stored = matrix(1 + 2 * i, *((N, K) if options["W_IS_NK"] else (K, N)), a[44 + i])
         s = matrix(16 + i, M, R)
         masked = matrix.masked(x, 19 + i, options["MASK_X"])
         s.copy_(masked @ matrix(7 + i, R, K).double().T * matrix.scale(22 + i, 27 + i))
@@ -161,8 +161,8 @@ def _group_input(dtypes: Dtypes, options: Options, a: Arguments) -> None:
     dx = torch.zeros(M, K, dtype=torch.float64)
     for i in range(options["MEMBERS"]):
         N, R = a[30 + i], a[33 + i]
-        dy = matrix(1 + 2 * i, M, N, a[41 + i]).double()
-        stored = matrix(2 + 2 * i, *((K, N) if options["W_IS_NK"] else (N, K)), a[44 + i])
+        dy = matrix(1 + 2 * i, M, N, a[42 + i]).double()
+        stored = matrix(2 + 2 * i, *((K, N) if options["W_IS_NK"] else (N, K)), a[45 + i])
         t = matrix(13 + i, M, R)
         t.copy_(dy @ matrix(7 + i, N, R).double() * matrix.scale(19 + i, 24 + i))
         dx += dy @ (stored.T if options["W_IS_NK"] else stored).double()

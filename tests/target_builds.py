@@ -198,7 +198,7 @@ def group_builds(single: Build) -> Iterator[Build]:
     tiles = single.tiles
     assert isinstance(tiles, OnePassTiles)
     plain = replace(single, kernel="group_forward" if single.forward else "group_input", members=MOST_MEMBERS)
-    yield plain
+    yield from (plain, replace(plain, alone=False))
     # What registers and overlap are scarcest for; compiling all variants in all tiles would take minutes more.
     if not tiles.use_tma or tiles.block_n < 256:
         return

@@ -262,6 +262,7 @@ def _group(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
         "GROUP_M": tiles.group_m,
         "RANK_CHUNKS": chunks,
         "RANK_ALIGN": divisor(build.rank),
+        "ALONE": build.alone and build.precision != "split" and not (build.masked and build.forward),
         "W_IS_NK": build.forward != build.turned,
         "SPLIT": build.precision == "split",
         "PRECISION": "ieee" if build.ieee else "tf32",
@@ -272,13 +273,17 @@ def _group(build: Build) -> tuple[dict[str, Any], dict[str, str]]:
     each["w{}_ref"] = (n, k) if build.forward != build.turned else (k, n)
     single: dict[str, Any] = {}
     if build.forward:
-        constants |= {"MASK_X": build.masked, "HAS_BIAS": build.masked}
+        joint = 1 << (build.members * chunks * block_r - 1).bit_length()
+        constants |= {"MASK_X": build.masked, "HAS_BIAS": build.masked, "ALIGNED": build.aligned}
+        constants |= {"JOINT": joint, "SHARE_STAGES": share_stages(tiles, joint)}
+        constants["ALONE"] &= joint <= 64
         single["x_ref"] = (m, k)
         each |= {"out{}_ref": (m, n // 2), "s{}_ptr": _branch(build)}
         each["bias{}_ptr"] = _adapter(build) if build.masked else None
     else:
         columns = block_r * chunks * build.members
         constants |= {"MASKED": build.masked, "FLATTEN": tiles.use_tma and not build.masked}
+        constants["SHARE_STAGES"] = share_stages(tiles, block_r)
         constants["ALIGNED"] = build.aligned and build.rank % 8 == 0
         constants["BLOCK_U"] = up_block(columns, build.precision)
         single["out_ref"] = (m, n // 2)

@@ -69,10 +69,12 @@ def test_the_cuda_backend_finishes_beside_it_as_well(held: int, case: Case, nf4:
     assert torch.equal(while_held(held, call), expected)
 
 
+# T in tiles, and by programs that have a tile less, as S is without dropout.
+@pytest.mark.parametrize("K", [1024, 2560])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("held", [32, 110, 128])
-def test_a_group_finishes_while_another_kernel_holds_multiprocessors(held: int, dropout: float) -> None:
-    case = replace(LARGE, dropout=dropout)
+def test_a_group_finishes_while_another_kernel_holds_multiprocessors(held: int, dropout: float, K: int) -> None:
+    case = replace(LARGE, K=K, dropout=dropout)
     group = case.tensors(torch.device("cuda", 0))
     expected = computed(case, group)
     for name, value in while_held(held, lambda: computed(case, group)).items():

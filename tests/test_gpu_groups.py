@@ -11,6 +11,7 @@ from test_group_kernels import GroupCase, by_autograd, computed
 from tolerance import assert_as_exact_as_peft
 
 from lora_kernels.backends import sync
+from lora_kernels.backends.triton import group_launch, group_operands
 from lora_kernels.backends.triton.group_forward import group_forward_kernel
 from lora_kernels.backends.triton.group_grads import group_grads_kernel
 from lora_kernels.backends.triton.group_input import group_input_kernel
@@ -49,10 +50,15 @@ def compiled_variants() -> int:
     return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
 
 
-def test_a_new_batch_size_compiles_nothing() -> None:
+def test_a_new_batch_size_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the other of the two ways to compute S and T, once."""
     chip = chip_of(torch.device("cuda", 0))
     tiles = group_tiles(chip, 2, True, LARGE.M, LARGE.Ns)
-    computed(LARGE, LARGE.tensors(torch.device("cuda", 0)), tiles=tiles)
+    for own in (0, 3):
+        monkeypatch.setattr(group_operands, "sharers", lambda *sizes, own=own: (1, own))
+        monkeypatch.setattr(group_launch, "_launches", {})
+        computed(LARGE, LARGE.tensors(torch.device("cuda", 0)), tiles=tiles)
+    monkeypatch.undo()
     before = compiled_variants()
     for rows in (1, 2, 15, 16, 17, 128, 333, 1000, 2048, 4095):
         case = replace(LARGE, M=rows)

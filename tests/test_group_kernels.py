@@ -212,6 +212,60 @@ def test_same_bits_whoever_computes_s(dropout: float, ranks: tuple[int, ...], de
                 assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("own", [1, 3])
+@pytest.mark.parametrize("parts", [1, 6])
+@pytest.mark.parametrize("ranks", [(16, 3, 8), (20, 32)], ids=str)
+def test_right_whichever_programs_compute_s(
+    ranks: tuple[int, ...], parts: int, own: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By some programs before their first tiles, in parts or not, with the bits of tiles that wait for none of them."""
+    plans: list[group_operands.GroupPlan] = []
+    asked: list[tuple[int, ...]] = []
+
+    def sharers(*sizes: int) -> tuple[int, int]:
+        asked.append(sizes)
+        return parts, own
+
+    for name in ("plan_forward", "plan_input"):
+        plan = getattr(group_operands, name)
+        monkeypatch.setattr(group_launch, name, lambda *sizes, plan=plan: plans.append(plan(*sizes)) or plans[-1])
+    monkeypatch.setattr(group_operands, "sharers", sharers)
+    monkeypatch.setattr(group_launch, "_launches", {})
+    case = GroupCase(70, 200, (130, 90, 170)[: len(ranks)], ranks)
+    group = case.tensors(device)
+    exact, peft = by_autograd(case, group, True), by_autograd(case, group, False)
+    got = computed(case, group, programs=4)
+    assert_as_exact_as_peft(got, peft, exact)
+    for name, value in computed(case, group, programs=4, spin_limit=0).items():
+        assert torch.equal(value, got[name]), name
+    assert [(plan.sharers, plan.shares, plan.programs) for plan in plans] == [(own, 0, 4)] * 4
+    assert [plan.k_parts[0] for plan in plans] == [parts, max(1, parts // len(ranks))] * 2
+    tiles, chunks = plans[0].tiles, plans[0].rank_chunks
+    columns = [sum(-(-N // tiles.block_n) for N in case.Ns), -(-case.K // tiles.block_n)]
+    shortest = -(-min(case.Ns) // tiles.block_k)
+    # Forward a share is all members'; of dx theirs together take the steps of one tile.
+    assert asked[0] == (4, plans[0].row_tiles, columns[0], -(-case.K // tiles.block_k), 1)
+    assert asked[1] == (4, plans[1].row_tiles, columns[1], shortest, chunks)
+
+
+def test_masks_and_halves_leave_s_in_the_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[bool] = []
+    for name in ("plan_forward", "plan_input"):
+        plan = getattr(group_operands, name)
+        monkeypatch.setattr(group_launch, name, lambda *sizes, plan=plan: plans.append(sizes[-1]) or plan(*sizes))
+    monkeypatch.setattr(group_launch, "_launches", {})
+    case = GroupCase(40, 64, (70, 40), (16, 8))
+    for dropout in (0.0, 0.3):
+        masked = replace(case, dropout=dropout)
+        computed(masked, masked.tensors(device))
+    # Masks on x: what is masked in dx is what T A adds.
+    assert plans == [True, True, False, True]
+    if HAS_GPU:
+        halves = replace(case, adapter_dtype=torch.float32, precision="split")
+        computed(halves, halves.tensors(device))
+        assert plans[4:] == [False, False]
+
+
 def test_right_where_l2_does_not_hold_what_is_read(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_operands, "NUMBERS_THAT_STAY", 0)
     monkeypatch.setattr(group_launch, "_launches", {})

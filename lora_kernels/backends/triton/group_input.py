@@ -5,8 +5,8 @@
 The sum is one accumulation: a tile's main loop goes through the output features of one member after the other, and
 dx is rounded and written once. Nothing is added up afterwards.
 
-T is shared out and handed over as in the one-pass kernel, by its own functions: every chunk of every member's rank is
-cut into parts of that member's output features. A tile needs all of them, so a row block has one flag, and a tile
+T is shared out and handed over as in the one-pass kernel, by its own functions, among programs that have a tile less
+(ALONE) or among the first tiles: every chunk of every member's rank is cut into parts of that member's output features. A tile needs all of them, so a row block has one flag, and a tile
 that has looked for it in vain computes T of every member itself.
 """
 
@@ -23,6 +23,7 @@ from lora_kernels.backends.triton.sharing import (
     add_up,
     all_ready,
     compute_s,
+    compute_share,
     load_w,
     part_bounds,
     plain_tile,
@@ -167,17 +168,17 @@ def _finish_dx_tile(
     return all_stored
 
 
-@triton.jit(do_not_specialize=["M", "spin_limit", "k_parts0", "k_parts1", "k_parts2", "shares", "dy_stays"])
+@triton.jit(do_not_specialize=["M", "spin_limit", "k_parts0", "k_parts1", "k_parts2", "shares", "sharers", "dy_stays"])
 def group_input_kernel(
     out_ref, dy0_ref, w0_ref, dy1_ref, w1_ref, dy2_ref, w2_ref,
     down0_ptr, down1_ptr, down2_ptr, up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr,
     scale0_ptr, scale1_ptr, scale2_ptr, workspace_ptr, sync_ptr, scale0, scale1, scale2, spin_limit,
-    M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, shares, dy_stays,
+    M, K, N0, N1, N2, R0, R1, R2, k_parts0, k_parts1, k_parts2, shares, sharers, dy_stays,
     stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     OWN_R: tl.constexpr, BLOCK_U: tl.constexpr, GROUP_M: tl.constexpr, RANK_CHUNKS: tl.constexpr, RANK_ALIGN: tl.constexpr,
-    ALIGNED: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
+    ALIGNED: tl.constexpr, ALONE: tl.constexpr, SHARE_STAGES: tl.constexpr, W_IS_NK: tl.constexpr, MASKED: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, DTYPE: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out_ref [M, K], each dy_ref [M, N_i] and w_ref ([K, N_i] if W_IS_NK, else [N_i, K]) are TMA descriptors if USE_TMA,
     else pointers; down is lora_B, up is lora_A, and these, t [M, R_i] and out are contiguous. With two members, what is
@@ -207,10 +208,16 @@ def group_input_kernel(
     if scale2_ptr is not None:
         scale2 = tl.load(scale2_ptr).to(tl.float32) * scale2
 
-    # The sharing tiles: those of a row block take the parts of the first member's chunks, then of the next one's.
+    # Shares of T: of the programs with the fewest tiles, or with the first tiles. Those of a row block are the parts of the
+    # first member's chunks, then of the next one's.
     shared_tiles = row_tiles * shares
-    for tile in tl.range(pid, shared_tiles, programs, num_stages=1):
-        pid_m, pid_n = tile // shares, tile % shares
+    of_a_row = shares
+    if ALONE:
+        of_a_row = (k_parts0 + k_parts1 + (k_parts2 if MEMBERS == 3 else 0)) * RANK_CHUNKS
+    first_sharer = programs - sharers if ALONE else 0
+    start = tl.where(pid >= first_sharer, pid - first_sharer, row_tiles * of_a_row)
+    for item in tl.range(start, row_tiles * of_a_row, programs - first_sharer, num_stages=1):
+        pid_m, pid_n = item // of_a_row, item % of_a_row
         row0, column0 = pid_m * BLOCK_M, pid_n * BLOCK_N
         giver, first_item = member_of(pid_n, k_parts0 * RANK_CHUNKS, k_parts1 * RANK_CHUNKS, MEMBERS)
         k_parts = member_number(giver, k_parts0, k_parts1, k_parts2, MEMBERS)
@@ -218,43 +225,49 @@ def group_input_kernel(
         N = member_number(giver, N0, N1, N2, MEMBERS)
         R = member_number(giver, R0, R1, R2, MEMBERS)
         first, last = part_bounds(part, k_parts, tl.cdiv(N, BLOCK_K))
-        before = member_number(giver, 0, steps0, steps0 + steps1, MEMBERS)
         dy_ref = member_ref(giver, dy0_ref, dy1_ref, dy2_ref, MEMBERS)
-        w_ref = member_ref(giver, w0_ref, w1_ref, w2_ref, MEMBERS)
         stride_dy = member_number(giver, stride_dy0, stride_dy1, stride_dy2, MEMBERS)
-        stride_w = member_number(giver, stride_w0, stride_w1, stride_w2, MEMBERS)
         down_ptr = member_number(giver, down0_ptr, down1_ptr, down2_ptr, MEMBERS)
-        # As in the one-pass kernel: in step through all members where L2 does not hold what they read.
-        lead = tl.where(dy_stays != 0, 0, before + first)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in tl.range(0, lead):
-            acc = _multiply_step(acc, step, row0, column0, dy0_ref, dy1_ref, dy2_ref, w0_ref, w1_ref, w2_ref, M, K, N0, N1,
-                                 N2, steps0, steps1, stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
-                                 MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K, W_IS_NK, PRECISION, USE_TMA)  # fmt: skip
-        share = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for ki in tl.range(first, last):
-            dy = load_tile(dy_ref, stride_dy, row0, ki * BLOCK_K, M, N, BLOCK_M, BLOCK_K, USE_TMA)
-            w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, N, K, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
-            acc = tl.dot(dy, w, acc, input_precision=PRECISION)
-            share = add_down(dy, down_ptr, R, 1, ki * BLOCK_K, chunk * BLOCK_R, N, R, share, row0, M, None, BLOCK_M,
-                             BLOCK_K, BLOCK_R, False, SPLIT, PRECISION)  # fmt: skip
+        if ALONE:
+            share = compute_share(dy_ref, stride_dy, down_ptr, R, 1, row0, chunk * BLOCK_R, first, last, M, N, R, None, BLOCK_M,
+                                  BLOCK_K, BLOCK_R, False, SPLIT, PRECISION, USE_TMA, SHARE_STAGES)  # fmt: skip
+        else:
+            before = member_number(giver, 0, steps0, steps0 + steps1, MEMBERS)
+            w_ref = member_ref(giver, w0_ref, w1_ref, w2_ref, MEMBERS)
+            stride_w = member_number(giver, stride_w0, stride_w1, stride_w2, MEMBERS)
+            # As in the one-pass kernel: in step through all members where L2 does not hold what they read.
+            lead = tl.where(dy_stays != 0, 0, before + first)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for step in tl.range(0, lead):
+                acc = _multiply_step(acc, step, row0, column0, dy0_ref, dy1_ref, dy2_ref, w0_ref, w1_ref, w2_ref, M, K, N0, N1,
+                                     N2, steps0, steps1, stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
+                                     MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K, W_IS_NK, PRECISION, USE_TMA)  # fmt: skip
+            share = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for ki in tl.range(first, last):
+                dy = load_tile(dy_ref, stride_dy, row0, ki * BLOCK_K, M, N, BLOCK_M, BLOCK_K, USE_TMA)
+                w = load_w(w_ref, stride_w, ki * BLOCK_K, column0, N, K, BLOCK_K, BLOCK_N, W_IS_NK, USE_TMA)
+                acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+                share = add_down(dy, down_ptr, R, 1, ki * BLOCK_K, chunk * BLOCK_R, N, R, share, row0, M, None, BLOCK_M,
+                                 BLOCK_K, BLOCK_R, False, SPLIT, PRECISION)  # fmt: skip
         # Counted, and kept in the workspace, as chunks of the whole group.
         chunks_before = giver * RANK_CHUNKS * BLOCK_R
         publish(share, workspace_ptr, arrived_ptr, ready_ptr, total_ptr,
                 member_number(giver, t0_ptr, t1_ptr, t2_ptr, MEMBERS) - chunks_before, R,
                 member_number(giver, scale0, scale1, scale2, MEMBERS), pid_m, giver * RANK_CHUNKS + chunk, part, CHUNKS,
                 k_parts, row_tiles, M, R + chunks_before, BLOCK_M, BLOCK_R)  # fmt: skip
-        # The rest, from where the share ended and, if it came first, around.
-        for index in tl.range(before + last, steps + before + first - lead):
-            step = tl.where(index < steps, index, index - steps)
-            acc = _multiply_step(acc, step, row0, column0, dy0_ref, dy1_ref, dy2_ref, w0_ref, w1_ref, w2_ref, M, K, N0, N1,
-                                 N2, steps0, steps1, stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
-                                 MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K, W_IS_NK, PRECISION, USE_TMA)  # fmt: skip
-        _finish_dx_tile(False, acc, pid_m, pid_n, out_ref, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr,
-                        up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
-                        total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
-                        k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
-                        BLOCK_R, OWN_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA, DTYPE)  # fmt: skip
+        if not ALONE:
+            # The rest, from where the share ended and, if it came first, around.
+            for index in tl.range(before + last, steps + before + first - lead):
+                step = tl.where(index < steps, index, index - steps)
+                acc = _multiply_step(acc, step, row0, column0, dy0_ref, dy1_ref, dy2_ref, w0_ref, w1_ref, w2_ref, M, K, N0, N1,
+                                     N2, steps0, steps1, stride_dy0, stride_dy1, stride_dy2, stride_w0, stride_w1, stride_w2,
+                                     MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K, W_IS_NK, PRECISION, USE_TMA)  # fmt: skip
+            _finish_dx_tile(False, acc, pid_m, pid_n, out_ref, dy0_ref, dy1_ref, dy2_ref, down0_ptr, down1_ptr, down2_ptr,
+                            up0_ptr, up1_ptr, up2_ptr, t0_ptr, t1_ptr, t2_ptr, mask0_ptr, mask1_ptr, mask2_ptr, ready_ptr,
+                            total_ptr, scale0, scale1, scale2, spin_limit, M, K, N0, N1, N2, R0, R1, R2, k_parts0,
+                            k_parts1, k_parts2, stride_dy0, stride_dy1, stride_dy2, MEMBERS, BLOCK_M, BLOCK_N, BLOCK_K,
+                            BLOCK_R, OWN_R, BLOCK_U, RANK_CHUNKS, ALIGNED, MASKED, SPLIT, PRECISION, USE_TMA,
+                            DTYPE)  # fmt: skip
 
     # All others.
     tile = pid + tl.cdiv(tl.maximum(shared_tiles - pid, 0), programs) * programs

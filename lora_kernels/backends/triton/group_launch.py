@@ -49,6 +49,7 @@ from lora_kernels.backends.triton.tiles import (
     own_columns,
     rank_block,
     row_parts,
+    share_stages,
 )
 from lora_kernels.dropout import Dropout
 
@@ -104,13 +105,18 @@ def forward(
         use_tma = all(map(fits_tma, (x, *weights.stored))) and all(N * x.dtype.itemsize % 16 == 0 for N in Ns)
         chip = chip_of(x.device)
         chosen = tiles or group_tiles(chip, x.dtype.itemsize, use_tma, M, Ns)
-        plan = plan_forward(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors)
+        # As of a layer: masks on x, and products of halves, take the few programs too long.
+        alone = precision != "split" and not masked
+        plan = plan_forward(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors, alone)
         numbers = (
-            looks(spin_limit, triton.cdiv(K, chosen.block_k)) if plan.shares else 0, M, K, *filled(Ns, 0), *filled(ranks, 0),
-            plan.k_parts[0], plan.shares, int(plan.left_stays), x.stride(0),
+            looks(spin_limit, triton.cdiv(K, chosen.block_k)) if plan.shared else 0, M, K, *filled(Ns, 0), *filled(ranks, 0),
+            plan.k_parts[0], plan.shares, plan.sharers, int(plan.left_stays), x.stride(0),
             *filled([w.stride(0) for w in weights.stored], 0),
         )  # fmt: skip
         options = _options(plan, ranks, x.dtype, precision) | {
+            "ALIGNED": alignment(*lora_As) == 0,
+            "JOINT": plan.joint_block,
+            "SHARE_STAGES": share_stages(chosen, plan.joint_block),
             "W_IS_NK": weights.by_rows,
             "MASK_X": masked,
             "HAS_BIAS": biases[0] is not None,
@@ -119,7 +125,7 @@ def forward(
         pair = ((n, k) if weights.by_rows else (k, n), (m, n // 2))
         blocks = ((m, k), *pair * len(members)) if chosen.use_tma else None
         launch = Launch(
-            group_forward_kernel, (*kind, chosen, plan.shares > 0), (plan.programs, 1, 1), options, blocks, plan.workspace_size,
+            group_forward_kernel, (*kind, chosen, plan.shared, plan.sharers > 0), (plan.programs, 1, 1), options, blocks, plan.workspace_size,
             plan.counters, numbers,
         )  # fmt: skip
         remember(_launches, key, launch)
@@ -176,16 +182,18 @@ def backward_input(
         use_tma = all(map(fits_tma, (*dys, *weights.stored))) and K * itemsize % 16 == 0
         chip = chip_of(first.device)
         chosen = tiles or group_input_tiles(chip, itemsize, use_tma, M, K)
-        plan = plan_input(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors)
+        alone = precision != "split"
+        plan = plan_input(M, K, Ns, max(ranks), precision, chosen, programs or chip.multiprocessors, alone)
         numbers = (
-            looks(spin_limit, sum(triton.cdiv(N, chosen.block_k) for N in Ns)) if plan.shares else 0, M, K, *filled(Ns, 0),
-            *filled(ranks, 0), *filled(plan.k_parts, 0), plan.shares, int(plan.left_stays),
+            looks(spin_limit, sum(triton.cdiv(N, chosen.block_k) for N in Ns)) if plan.shared else 0, M, K, *filled(Ns, 0),
+            *filled(ranks, 0), *filled(plan.k_parts, 0), plan.shares, plan.sharers, int(plan.left_stays),
             *filled([dy.stride(0) for dy in dys], 0), *filled([w.stride(0) for w in weights.stored], 0),
         )  # fmt: skip
         options = _options(plan, ranks, first.dtype, precision) | {
             "W_IS_NK": not weights.by_rows,
             "MASKED": masked,
             "ALIGNED": divisor(*ranks) == 8 and alignment(*lora_As) == 0,
+            "SHARE_STAGES": share_stages(chosen, plan.rank_block),
             "BLOCK_U": up_block(plan.rank_block * plan.rank_chunks * len(members), precision),
             # With masks, what the flat loop holds beside the epilogue's loop over members does not fit into the registers.
             "FLATTEN": chosen.use_tma and not masked,
@@ -194,7 +202,7 @@ def backward_input(
         pair = ((m, k), (k, n) if weights.by_rows else (n, k))
         blocks = ((m, n // 2), *pair * len(members)) if chosen.use_tma else None
         launch = Launch(
-            group_input_kernel, (*kind, chosen, plan.shares > 0), (plan.programs, 1, 1), options, blocks, plan.workspace_size,
+            group_input_kernel, (*kind, chosen, plan.shared, plan.sharers > 0), (plan.programs, 1, 1), options, blocks, plan.workspace_size,
             plan.counters, numbers,
         )  # fmt: skip
         remember(_launches, key, launch)
@@ -305,10 +313,11 @@ def _options(plan: GroupPlan, ranks: Sequence[int], dtype: torch.dtype, precisio
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "BLOCK_R": plan.rank_block,
-        "OWN_R": own_columns(plan.rank_block, plan.shares > 0),
+        "OWN_R": own_columns(plan.rank_block, plan.shared),
         "GROUP_M": tiles.group_m,
         "RANK_CHUNKS": plan.rank_chunks,
         "RANK_ALIGN": divisor(*ranks),
+        "ALONE": plan.sharers > 0,
         "SPLIT": precision == "split",
         "PRECISION": dot_precision(dtype),
         "USE_TMA": tiles.use_tma,

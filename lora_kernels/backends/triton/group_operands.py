@@ -13,8 +13,11 @@ from torch import Tensor
 from lora_kernels.backends import Member, Precision
 from lora_kernels.backends.triton.launch import NUMBERS_THAT_STAY
 from lora_kernels.backends.triton.mask_launch import bits_of
-from lora_kernels.backends.triton.tiles import OnePassTiles, group_share_out, rank_block, share_out
+from lora_kernels.backends.triton.tiles import OnePassTiles, group_share_out, rank_block, share_out, sharers
 from lora_kernels.dropout import Dropout
+
+# Of the members' ranks side by side: the columns of a share.
+_MOST_JOINT = 64
 
 
 class Weights(NamedTuple):
@@ -86,12 +89,22 @@ class GroupPlan:
     rank_chunks: int
     k_parts: tuple[int, ...]
     shares: int
+    sharers: int
     left_stays: bool
 
     @property
+    def shared(self) -> bool:
+        """Whether S is computed in shares at all, and not by every tile."""
+        return self.shares + self.sharers > 0
+
+    @property
+    def joint_block(self) -> int:
+        """The columns of all members' ranks side by side, a power of two."""
+        return 1 << (len(self.k_parts) * self.rank_chunks * self.rank_block - 1).bit_length()
+
+    @property
     def workspace_size(self) -> int:
-        shares = len(self.k_parts) * max(self.k_parts) * self.rank_chunks
-        return shares * self.row_tiles * self.tiles.block_m * self.rank_block
+        return max(self.k_parts) * self.joint_block * self.row_tiles * self.tiles.block_m
 
     @property
     def counters(self) -> int:
@@ -100,27 +113,39 @@ class GroupPlan:
 
 
 def plan_forward(
-    M: int, K: int, Ns: Sequence[int], rank: int, precision: Precision, tiles: OnePassTiles, programs: int
+    M: int, K: int, Ns: Sequence[int], rank: int, precision: Precision, tiles: OnePassTiles, programs: int, alone: bool
 ) -> GroupPlan:
+    """alone: whether S may be computed by programs that have fewer tiles."""
     row_tiles, column_tiles = triton.cdiv(M, tiles.block_m), sum(triton.cdiv(N, tiles.block_n) for N in Ns)
     block_r = rank_block(rank, precision)
     chunks = triton.cdiv(rank, block_r)
-    programs = min(programs, row_tiles * column_tiles)
     k_tiles = triton.cdiv(K, tiles.block_k)
-    k_parts, shares = share_out(programs, row_tiles, column_tiles, k_tiles, len(Ns) * chunks)
-    return GroupPlan(tiles, row_tiles, programs, block_r, chunks, (k_parts,) * len(Ns), shares, M * K <= NUMBERS_THAT_STAY)
+    # They have all members' S in one share.
+    alone = alone and len(Ns) * block_r * chunks <= _MOST_JOINT
+    k_parts, own = sharers(programs, row_tiles, column_tiles, k_tiles, 1) if alone else (1, 0)
+    shares = 0
+    if not own:
+        programs = min(programs, row_tiles * column_tiles)
+        k_parts, shares = share_out(programs, row_tiles, column_tiles, k_tiles, len(Ns) * chunks)
+    stays = M * K <= NUMBERS_THAT_STAY
+    return GroupPlan(tiles, row_tiles, programs, block_r, chunks, (k_parts,) * len(Ns), shares, own, stays)
 
 
 def plan_input(
-    M: int, K: int, Ns: Sequence[int], rank: int, precision: Precision, tiles: OnePassTiles, programs: int
+    M: int, K: int, Ns: Sequence[int], rank: int, precision: Precision, tiles: OnePassTiles, programs: int, alone: bool
 ) -> GroupPlan:
+    """alone: as in plan_forward."""
     row_tiles, column_tiles = triton.cdiv(M, tiles.block_m), triton.cdiv(K, tiles.block_n)
     block_r = rank_block(rank, precision)
     chunks = triton.cdiv(rank, block_r)
-    programs = min(programs, row_tiles * column_tiles)
     steps = [triton.cdiv(N, tiles.block_k) for N in Ns]
-    k_parts, shares = group_share_out(programs, row_tiles, column_tiles, steps, chunks)
-    return GroupPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares, M * sum(Ns) <= NUMBERS_THAT_STAY)
+    # All members' T take the steps of one tile, as one layer's does.
+    parts, own = sharers(programs, row_tiles, column_tiles, min(steps), chunks) if alone else (1, 0)
+    k_parts, shares = (max(1, parts // len(Ns)),) * len(Ns), 0
+    if not own:
+        programs = min(programs, row_tiles * column_tiles)
+        k_parts, shares = group_share_out(programs, row_tiles, column_tiles, steps, chunks)
+    return GroupPlan(tiles, row_tiles, programs, block_r, chunks, k_parts, shares, own, M * sum(Ns) <= NUMBERS_THAT_STAY)
 
 
 def up_block(columns: int, precision: Precision) -> int:
