@@ -128,6 +128,35 @@ def test_training(train: Callable[[Path, str], list[float]], device: str, tmp_pa
     assert fused == pytest.approx(stock, rel=tolerance)
 
 
+def test_a_grad_scaler_skips_the_same_steps(device: str) -> None:
+    """Under autocast of float16: what overflows in a fused layer must reach the adapters' gradients, as PEFT's does."""
+    tokens = torch.tensor([example["input_ids"] for example in examples()], device=device)
+
+    def train(model: torch.nn.Module) -> tuple[list[float], list[float]]:
+        adapters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(adapters, lr=1e-2)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**60, backoff_factor=2.0**-12, growth_interval=100)
+        found, scales = [], []
+        for _ in range(8):
+            with torch.autocast(device, torch.float16):
+                loss = model(input_ids=tokens, labels=tokens).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            found.append(loss.item())
+            scales.append(scaler.get_scale())
+        assert all(adapter.isfinite().all() for adapter in adapters)
+        return found, scales
+
+    (expected, expected_scales), (got, scales) = map(train, stock_and_fused(device=device))
+    assert expected_scales[0] < 2.0**60, "nothing overflows"
+    assert expected_scales[-1] == expected_scales[-2], "no step is taken"
+    assert expected[-1] < expected[0]
+    assert scales == expected_scales
+    assert got == pytest.approx(expected, rel=1e-2)
+
+
 @pytest.fixture
 def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
