@@ -204,6 +204,7 @@ def group_builds(single: Build) -> Iterator[Build]:
         return
     yield replace(plain, masked=True, rank=64)
     if not single.forward:
+        yield replace(plain, masked=True, rank=64, alone=False)
         yield replace(plain, members=2)
         yield replace(plain, rank=64)
         yield replace(plain, precision="split")
@@ -247,7 +248,8 @@ def scarce_variants(capability: int, widest: OnePassTiles, wide_fp32: OnePassTil
         yield replace(group, rank=8, members=MOST_MEMBERS)
         yield replace(group, rank=256, shared=False)
         yield Build(capability, "one_pass", widest, forward, rank=256, shared=False)
-        yield replace(group, precision="rounded")
+        # The widest share of S, from float32 adapters.
+        yield from (replace(group, precision="rounded"), replace(group, precision="rounded", members=MOST_MEMBERS))
         yield replace(group, tiles=wide_fp32, dtype="fp32", turned=True)
     yield Build(capability, "adapter_grads", shipped_grad_tiles(chip, 4), dtype="fp32", ieee=True)
     of_two = Build(capability, "group_grads", group_grad_tiles(chip, 2, 32, False), members=2)

@@ -13,9 +13,10 @@ import torch
 from cases import HAS_GPU, Case
 from test_gpu_groups import LARGE
 from test_gpu_kernels import CASE, forward
-from test_group_kernels import computed
+from test_group_kernels import computed, plans_of
 
 from lora_kernels import LoRALinear, NF4Weight, lora_linear
+from lora_kernels.backends.triton.tiles import chip_of
 
 if HAS_GPU:
     from contention import while_held
@@ -69,16 +70,21 @@ def test_the_cuda_backend_finishes_beside_it_as_well(held: int, case: Case, nf4:
     assert torch.equal(while_held(held, call), expected)
 
 
-# T in tiles, and by programs that have a tile less, as S is without dropout.
-@pytest.mark.parametrize("K", [1024, 2560])
+# On 132 multiprocessors: S and T in tiles; S, and both, by programs that have a tile less. With dropout S is in tiles.
+@pytest.mark.parametrize(("M", "K", "alone"), [(4096, 1024, [0, 0]), (2048, 1024, [36, 0]), (2048, 2560, [36, 76])])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("held", [32, 110, 128])
-def test_a_group_finishes_while_another_kernel_holds_multiprocessors(held: int, dropout: float, K: int) -> None:
-    case = replace(LARGE, K=K, dropout=dropout)
+def test_a_group_finishes_while_another_kernel_holds_multiprocessors(
+    held: int, dropout: float, M: int, K: int, alone: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = plans_of(monkeypatch)
+    case = replace(LARGE, M=M, K=K, dropout=dropout)
     group = case.tensors(torch.device("cuda", 0))
     expected = computed(case, group)
     for name, value in while_held(held, lambda: computed(case, group)).items():
         assert torch.equal(value, expected[name]), name
+    if chip_of(group.x.device).multiprocessors == 132:
+        assert [plan.sharers for plan in plans] == [0 if dropout else alone[0], alone[1]]
 
 
 def test_a_step_keeps_what_it_must_and_no_more() -> None:

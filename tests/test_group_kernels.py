@@ -18,7 +18,7 @@ from lora_kernels.dropout import Dropout, drop_threshold, inverse_keep, keep_mas
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-from lora_kernels.backends.triton import group_launch, group_operands
+from lora_kernels.backends.triton import group_input, group_launch, group_operands, sharing
 from lora_kernels.backends.triton.tiles import (
     INTERPRETER,
     MAX_PARTS,
@@ -26,7 +26,9 @@ from lora_kernels.backends.triton.tiles import (
     candidates,
     group_input_tiles,
     group_share_out,
+    group_sharers,
     group_tiles,
+    sharers,
 )
 
 Results = dict[str, Tensor]
@@ -212,25 +214,31 @@ def test_same_bits_whoever_computes_s(dropout: float, ranks: tuple[int, ...], de
                 assert torch.equal(value, expected[name]), name
 
 
+def plans_of(monkeypatch: pytest.MonkeyPatch) -> list[group_operands.GroupPlan]:
+    """The plans that are made from now on: of a forward, and of dx."""
+    plans: list[group_operands.GroupPlan] = []
+    for name in ("plan_forward", "plan_input"):
+        plan = getattr(group_operands, name)
+        monkeypatch.setattr(group_launch, name, lambda *sizes, plan=plan: plans.append(plan(*sizes)) or plans[-1])
+    monkeypatch.setattr(group_launch, "_launches", {})
+    return plans
+
+
+def have_sharers(monkeypatch: pytest.MonkeyPatch, parts: int, own: int) -> None:
+    """So many programs compute S and T before their first tiles, in so many parts."""
+    for name in ("sharers", "group_sharers"):
+        monkeypatch.setattr(group_operands, name, lambda *sizes: (parts, own))
+
+
 @pytest.mark.parametrize("own", [1, 3])
-@pytest.mark.parametrize("parts", [1, 6])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("ranks", [(16, 3, 8), (20, 32)], ids=str)
 def test_right_whichever_programs_compute_s(
     ranks: tuple[int, ...], parts: int, own: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By some programs before their first tiles, in parts or not, with the bits of tiles that wait for none of them."""
-    plans: list[group_operands.GroupPlan] = []
-    asked: list[tuple[int, ...]] = []
-
-    def sharers(*sizes: int) -> tuple[int, int]:
-        asked.append(sizes)
-        return parts, own
-
-    for name in ("plan_forward", "plan_input"):
-        plan = getattr(group_operands, name)
-        monkeypatch.setattr(group_launch, name, lambda *sizes, plan=plan: plans.append(plan(*sizes)) or plans[-1])
-    monkeypatch.setattr(group_operands, "sharers", sharers)
-    monkeypatch.setattr(group_launch, "_launches", {})
+    have_sharers(monkeypatch, parts, own)
+    plans = plans_of(monkeypatch)
     case = GroupCase(70, 200, (130, 90, 170)[: len(ranks)], ranks)
     group = case.tensors(device)
     exact, peft = by_autograd(case, group, True), by_autograd(case, group, False)
@@ -239,31 +247,67 @@ def test_right_whichever_programs_compute_s(
     for name, value in computed(case, group, programs=4, spin_limit=0).items():
         assert torch.equal(value, got[name]), name
     assert [(plan.sharers, plan.shares, plan.programs) for plan in plans] == [(own, 0, 4)] * 4
-    assert [plan.k_parts[0] for plan in plans] == [parts, max(1, parts // len(ranks))] * 2
-    tiles, chunks = plans[0].tiles, plans[0].rank_chunks
-    columns = [sum(-(-N // tiles.block_n) for N in case.Ns), -(-case.K // tiles.block_n)]
-    shortest = -(-min(case.Ns) // tiles.block_k)
-    # Forward a share is all members'; of dx theirs together take the steps of one tile.
-    assert asked[0] == (4, plans[0].row_tiles, columns[0], -(-case.K // tiles.block_k), 1)
-    assert asked[1] == (4, plans[1].row_tiles, columns[1], shortest, chunks)
+    assert [plan.k_parts for plan in plans] == [(parts,) * len(ranks)] * 4
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("ranks", [(16, 3, 8), (20, 32)], ids=str)
+def test_what_was_computed_before_the_tiles_is_found(ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every member: a flag that is not raised costs time alone, for a tile computes S itself then."""
+
+    def compute_s(*_: object) -> None:
+        raise AssertionError("a tile computes S that is stored")
+
+    have_sharers(monkeypatch, 1, 1)
+    monkeypatch.setattr(group_launch, "_launches", {})
+    for module in (sharing, group_input):
+        monkeypatch.setattr(module, "compute_s", compute_s)
+    case = GroupCase(70, 200, (130, 90, 170)[: len(ranks)], ranks)
+    group = case.tensors(torch.device("cpu"))
+    exact, peft = by_autograd(case, group, True), by_autograd(case, group, False)
+    assert_as_exact_as_peft(computed(case, group, programs=1, spin_limit=0), peft, exact)
+
+
+def test_programs_compute_t_on_their_own_where_none_has_too_much_of_the_longest_member() -> None:
+    query, key = 64, 16
+    # 8192 tokens of q, k and v: six shares of each, two of every member. Gate and up are as long as one another.
+    assert group_sharers(132, 64, 16, (query, key, key), 1) == (1, 32)
+    assert group_sharers(132, 64, 16, (224, 224), 1) == (1, 32)
+    # In parts, where many have a tile less.
+    assert group_sharers(132, 16, 10, (16, 16), 1) == (3, 104)
+    # 1152 x 3584: of six, two would have all of q. Of five, all have some of everything.
+    assert group_sharers(132, 9, 14, (56, 8, 8), 1) == (1, 5)
+    # 3072 tokens: of twelve, four would have all of q; fewer are too few.
+    assert sharers(132, 24, 16, key, 1) == (1, 12)
+    assert group_sharers(132, 24, 16, (query, key, key), 1) == (1, 0)
+    # Nobody has a tile less, or too few.
+    assert group_sharers(128, 64, 16, (query, key, key), 1) == (1, 0)
+    assert group_sharers(132, 64, 12, (48, key, key), 1) == (1, 0)
 
 
 def test_masks_and_halves_leave_s_in_the_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans: list[bool] = []
-    for name in ("plan_forward", "plan_input"):
-        plan = getattr(group_operands, name)
-        monkeypatch.setattr(group_launch, name, lambda *sizes, plan=plan: plans.append(sizes[-1]) or plan(*sizes))
-    monkeypatch.setattr(group_launch, "_launches", {})
+    have_sharers(monkeypatch, 1, 1)
+    plans = plans_of(monkeypatch)
     case = GroupCase(40, 64, (70, 40), (16, 8))
     for dropout in (0.0, 0.3):
         masked = replace(case, dropout=dropout)
         computed(masked, masked.tensors(device))
     # Masks on x: what is masked in dx is what T A adds.
-    assert plans == [True, True, False, True]
+    assert [plan.sharers for plan in plans] == [1, 1, 0, 1]
     if HAS_GPU:
         halves = replace(case, adapter_dtype=torch.float32, precision="split")
         computed(halves, halves.tensors(device))
-        assert plans[4:] == [False, False]
+        assert [plan.sharers for plan in plans[4:]] == [0, 0]
+
+
+def test_a_share_has_64_columns_at_most(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    have_sharers(monkeypatch, 1, 1)
+    plans = plans_of(monkeypatch)
+    for ranks in ((16, 16, 3), (32, 17), (17, 3, 8), (33, 33), (64, 16)):
+        case = GroupCase(40, 64, (70, 40, 33)[: len(ranks)], ranks)
+        computed(case, case.tensors(device))
+    # dx has one for each member.
+    assert [plan.sharers for plan in plans] == [1, 1, 1, 1, 0, 1, 0, 1, 0, 1]
 
 
 def test_right_where_l2_does_not_hold_what_is_read(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,14 @@ from torch import Tensor
 from lora_kernels.backends import Member, Precision
 from lora_kernels.backends.triton.launch import NUMBERS_THAT_STAY
 from lora_kernels.backends.triton.mask_launch import bits_of
-from lora_kernels.backends.triton.tiles import OnePassTiles, group_share_out, rank_block, share_out, sharers
+from lora_kernels.backends.triton.tiles import (
+    OnePassTiles,
+    group_share_out,
+    group_sharers,
+    rank_block,
+    share_out,
+    sharers,
+)
 from lora_kernels.dropout import Dropout
 
 # Of the members' ranks side by side: the columns of a share.
@@ -139,9 +146,8 @@ def plan_input(
     block_r = rank_block(rank, precision)
     chunks = triton.cdiv(rank, block_r)
     steps = [triton.cdiv(N, tiles.block_k) for N in Ns]
-    # All members' T take the steps of one tile, as one layer's does.
-    parts, own = sharers(programs, row_tiles, column_tiles, min(steps), chunks) if alone else (1, 0)
-    k_parts, shares = (max(1, parts // len(Ns)),) * len(Ns), 0
+    parts, own = group_sharers(programs, row_tiles, column_tiles, steps, chunks) if alone else (1, 0)
+    k_parts, shares = (parts,) * len(Ns), 0
     if not own:
         programs = min(programs, row_tiles * column_tiles)
         k_parts, shares = group_share_out(programs, row_tiles, column_tiles, steps, chunks)

@@ -285,6 +285,26 @@ def sharers(
     return max(1, min(spare // items, MAX_PARTS, k_tiles)), spare
 
 
+def group_sharers(
+    programs: int, row_tiles: int, column_tiles: int, steps: Sequence[int], rank_chunks: int
+) -> tuple[int, int]:
+    """As sharers, for shares of members that have different steps; the parts are of each member's own.
+
+    They are handed out in turns. A number of sharers that the members of a row block divide would leave the longest member to the
+    same few, so a little fewer may be done earlier.
+    """
+    parts, spare = sharers(programs, row_tiles, column_tiles, min(steps), rank_chunks)
+    parts = max(1, parts // len(steps))
+    of_a_row = [-(-n // parts) for n in steps for _ in range(parts * rank_chunks)]
+    lengths = of_a_row * row_tiles
+
+    def longest(own: int) -> int:
+        return max(sum(lengths[first::own]) for first in range(own))
+
+    own = min(range(spare, max(0, spare - len(of_a_row)), -1), key=longest, default=0)
+    return (parts, own) if own and longest(own) <= 2 * sum(steps) else (1, 0)
+
+
 def share_stages(tiles: OnePassTiles, block_r: int) -> int:
     """Stages of the loop over X and D alone: up to six, which the main loop's shared memory has room for."""
     return min(6, tiles.num_stages * (tiles.block_m + tiles.block_n) // (tiles.block_m + block_r))
